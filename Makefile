@@ -1,0 +1,61 @@
+# coterie. `make` alone lists the targets. PYTHON chooses the interpreter that .venv is made from.
+PYTHON ?= python3
+VENV   ?= .venv
+JOBS   ?= 2
+DEMO   ?= build/demo
+
+py    := $(VENV)/bin/python
+stamp := $(VENV)/.installed
+
+# Tests and builds run one thread a process: threads of several processes would only contend for the same cores.
+single := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help env demo demo-full test test-all lint types format bench bench-memory bench-fusionbench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+env: $(stamp) ## create the environment (.venv) with everything that demo and tests need
+
+$(stamp): pyproject.toml constraints.txt
+	@test -x $(py) || { echo "creating $(VENV) ..."; $(PYTHON) -m venv $(VENV); }
+	@echo "installing coterie and what it needs into $(VENV) (a few minutes the first time) ..."
+	@$(py) -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: $(stamp) ## the main job: eight experts, one mixture, one table
+	@$(py) -m coterie demo -o $(DEMO)
+
+demo-full: $(stamp) ## the same from full fine-tunes and LoRA adapters trained here (resumable)
+	@$(py) -m coterie demo --full -o $(DEMO)-full
+
+test: $(stamp) ## the default tests
+	@$(single) HF_HUB_OFFLINE=1 $(py) -m pytest -q -n $(JOBS)
+
+test-all: $(stamp) ## every test, the slow ones included
+	@$(single) HF_HUB_OFFLINE=1 $(py) -m pytest -q -n $(JOBS) -m ""
+
+lint: $(stamp) ## ruff: rules and format
+	@$(py) -m ruff check --quiet .
+	@$(py) -m ruff format --quiet --check .
+
+format: $(stamp) ## let ruff mend what it can
+	@$(py) -m ruff check --quiet --fix .
+	@$(py) -m ruff format --quiet .
+
+types: $(stamp) ## mypy
+	@$(py) -m mypy --no-error-summary
+
+bench: bench-memory bench-fusionbench ## both benchmarks
+
+bench-memory: $(stamp) ## peak memory of a build against depth and width
+	@$(single) $(py) benchmarks/memory.py
+
+bench-fusionbench: $(stamp) ## the same modules through fusion-bench, in an environment of its own
+	@$(single) $(py) benchmarks/fusionbench.py
+
+clean: ## remove build products and caches (not the environment)
+	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find src tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,68 @@
+"""coterie: a base model and its fine-tuned experts, as one mixture-of-experts model.
+
+Importing this package is cheap (torch and transformers are imported when used) and makes transformers able to
+load mixtures, whichever of the two is imported first.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from wrapt import register_post_import_hook
+
+from .errors import CoterieError
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "build": "coterie.building.build",
+    "plan": "coterie.building.build",
+    "BuildReport": "coterie.building.report",
+    "extract_expert": "coterie.building.extract",
+    "smile": "coterie.methods.smile",
+    "load": "coterie.mixture.load",
+    "routing_trace": "coterie.mixture.trace",
+    "Recipe": "coterie.recipe",
+    "methods": "coterie.methods",
+}
+
+if TYPE_CHECKING:
+    from .building.build import build, plan
+    from .building.extract import extract_expert
+    from .building.report import BuildReport
+    from .methods.smile import smile
+    from .mixture.load import load
+    from .mixture.trace import routing_trace
+    from .recipe import Recipe
+
+__all__ = [
+    "BuildReport",
+    "CoterieError",
+    "Recipe",
+    "build",
+    "extract_expert",
+    "load",
+    "methods",
+    "plan",
+    "routing_trace",
+    "smile",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'coterie' has no attribute {name!r}")
+    module = importlib.import_module(_EXPORTS[name])
+    return module if name == "methods" else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_EXPORTS])
+
+
+def _register_with_transformers(_module: Any) -> None:
+    importlib.import_module("coterie.mixture.hub")
+
+
+register_post_import_hook(_register_with_transformers, "transformers.quantizers.auto")

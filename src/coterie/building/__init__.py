@@ -1,0 +1,1 @@
+"""Building: from sources to a mixture, one layer at a time."""

@@ -1,0 +1,79 @@
+"""One expert of a mixture, as an ordinary dense checkpoint again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import CoterieError
+from ..mixture.handle import unguard
+from ..mixture.heads import PerExpert
+from ..mixture.layer import MixtureConv1D, is_mixture
+from .finish import copy_inputs
+from .writer import whole_directory
+
+
+def extract_expert(source: str | Path, name: str, out: str | Path, force: bool = False, **kwargs: Any) -> None:
+    """Write one expert as a dense model: base + its (truncated, weighted) delta, its bias and its head.
+
+    What followed `others` in the build is as in the mixture; `rank: full` gives the expert's linears back to rounding.
+
+    Args:
+        source: a mixture directory or Hub id.
+        name: the expert.
+        out: the directory to make.
+        force: replace an existing directory.
+        **kwargs: as `coterie.load` takes them.
+
+    Raises:
+        CoterieError: no such expert, or `out` exists.
+    """
+    from ..mixture.load import load
+
+    model = load(str(source), **kwargs)
+    handle = model.coterie
+    if name not in handle.expert_names:
+        raise CoterieError(f"no expert {name!r}", str(source), f"known: {', '.join(handle.expert_names)}")
+    index = handle.expert_names.index(name)
+    handle.use_head(name)
+    with torch.no_grad():
+        for parent in list(model.modules()):
+            for leaf, child in list(parent._modules.items()):
+                if child is not None and is_mixture(child):
+                    parent._modules[leaf] = _dense(child, index)
+                elif isinstance(child, PerExpert):
+                    parent._modules[leaf] = child.answering
+    unguard(model.config)
+    with whole_directory(Path(out), force) as folder:
+        model.save_pretrained(folder)
+        copy_inputs(Path(model.name_or_path), folder)
+        record = {"mixture": str(source), "expert": name, "method": handle.spec.method}
+        (folder / "extracted.json").write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def _dense(layer: Any, expert: int) -> nn.Module:
+    """The layer that the expert alone would have, of the type that the mixture layer replaced."""
+    dense = type(layer).__mro__[2].__new__(type(layer).__mro__[2])
+    dense.__dict__.update(layer.__dict__)
+    dense.__dict__["_parameters"] = dict(layer._parameters)
+    dense.__dict__["_modules"] = {}
+    shape, bank = layer.bank.shape, layer.bank
+    if expert not in shape.experts:
+        return dense
+    at = shape.experts.index(expert)
+    if shape.ranks is None:
+        delta = bank.dense[at].float()
+    else:
+        rows = slice(sum(shape.ranks[:at]), sum(shape.ranks[: at + 1]))
+        delta = bank.up[rows].float().T @ bank.down[rows].float()
+    weight = layer.weight
+    oriented = delta.T if isinstance(layer, MixtureConv1D) else delta
+    dense.weight = nn.Parameter((weight.float() + oriented).to(weight.dtype))
+    if shape.bias:
+        bias = layer.bias.float() if layer.bias is not None else 0.0
+        dense.bias = nn.Parameter((bias + bank.bias[at].float()).to(weight.dtype))
+    return dense

@@ -1,0 +1,133 @@
+"""What stands beside the weights: configuration, provenance, tokenizer, model card."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..mixture.handle import guard
+from ..mixture.spec import MixtureSpec
+from .inputs import Inputs
+from .report import BuildReport
+
+# Of the base: what makes its inputs.
+_COPIED = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "image_processor_config.json",
+    "feature_extractor_config.json",
+    "generation_config.json",
+    "modules.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+    "1_Pooling",
+)
+
+
+def copy_inputs(source: Path, folder: Path) -> None:
+    """Copy what makes a model's inputs: tokenizer, processor, generation settings."""
+    for pattern in _COPIED:
+        for file in sorted(source.glob(pattern)):
+            if file.is_dir():
+                shutil.copytree(file, folder / file.name, dirs_exist_ok=True)
+            else:
+                shutil.copyfile(file, folder / file.name)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    import safetensors
+    import transformers
+
+    from .. import __version__
+
+    return {
+        "coterie": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "safetensors": safetensors.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def write_metadata(
+    folder: Path, inputs: Inputs, spec: MixtureSpec, report: BuildReport, dtype: torch.dtype | None, light: bool
+) -> None:
+    """Write everything of a mixture directory but its weights."""
+    base = inputs.base.checkpoint.location
+    print_of_base = inputs.base.fingerprint()
+    copy_inputs(base.path, folder)
+    if light:
+        spec.base = {"id": base.id, "revision": base.revision, "fingerprint": print_of_base}
+    config = inputs.config
+    stored = next(i.dtype for i in inputs.base.checkpoint.tensors.values() if i.dtype.is_floating_point)
+    config.dtype = str(dtype or stored).removeprefix("torch.")
+    guard(config, spec)
+    config.save_pretrained(folder)
+    provenance = {
+        "recipe": inputs.recipe.model_dump(mode="json"),
+        "versions": versions(),
+        "base": {"id": base.id, "revision": base.revision, "fingerprint": print_of_base},
+        "tensors_read": {name: dict(c.sha256) for name, c in inputs.checkpoints.items()},
+        "report": {**report.to_dict(), "out": None},
+    }
+    (folder / "mixture.json").write_text(json.dumps(provenance, indent=1, ensure_ascii=False), encoding="utf-8")
+    (folder / "README.md").write_text(card(inputs, report, light), encoding="utf-8")
+
+
+def card(inputs: Inputs, report: BuildReport, light: bool) -> str:
+    """The model card, with Hub metadata."""
+    import yaml
+
+    ids = [inputs.recipe.base, *(e.source for e in inputs.recipe.experts.values())]
+    hub = [i.partition("@")[0] for i in ids if not Path(i).exists()]
+    meta: dict[str, Any] = {"library_name": "transformers", "tags": ["coterie", "moe", "merge", report.method]}
+    if hub:
+        meta |= {"base_model": hub, "base_model_relation": "merge"}
+    method = report.method
+    parameters = ", ".join(f"{k} = {v}" for k, v in report.parameters.items())
+    rows = "\n".join(
+        f"| `{json.dumps(name, ensure_ascii=False)[1:-1]}` | {e.kind} |"
+        for name, e in zip(report.experts, inputs.experts, strict=True)
+    )
+    notes = "".join(f"\n- {w}" for w in report.warnings)
+    use = (
+        "model = coterie.load(DIR)"
+        if light
+        else f"model = {report.architecture}.from_pretrained(DIR)  # or coterie.load(DIR)"
+    )
+    return f"""---
+{yaml.safe_dump(meta, sort_keys=False).strip()}
+---
+
+# A {method} mixture of {len(report.experts)} experts
+
+A `{report.architecture}` whose {len(report.layers)} linear layers hold a sparse mixture of low-rank experts
+({parameters}): {report.mixture_parameters:,} parameters, {report.ratio:.3f} times the base model's.
+Built with [coterie](https://pypi.org/project/coterie/); `mixture.json` records every source and residual.
+
+| expert | read from |
+|---|---|
+{rows}
+
+```python
+import coterie
+from transformers import {report.architecture}
+
+{use}
+```
+{f"{chr(10)}What the build noted:{chr(10)}{notes}{chr(10)}" if notes else ""}"""

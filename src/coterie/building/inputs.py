@@ -1,0 +1,246 @@
+"""What a recipe names, opened: the architecture's skeleton, the base and the experts."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import transformers
+from transformers import AutoConfig
+
+from ..errors import CoterieError
+from ..recipe import Recipe, nearest
+from ..sources.adapter import AdapterExpert
+from ..sources.checkpoint import Checkpoint
+from ..sources.experts import ExpertSource, FullExpert, shape_error
+from ..sources.locate import Location, locate
+from ..sources.names import Skeleton, View
+
+# AutoModel classes for the task types of PEFT adapters.
+_TASKS = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+LABELS = ("id2label", "label2id", "problem_type")
+
+
+@dataclass
+class Inputs:
+    """The opened sources of a build."""
+
+    recipe: Recipe
+    config: Any
+    skeleton: Skeleton
+    base: View
+    experts: list[ExpertSource]
+    warnings: list[str]
+
+    @property
+    def checkpoints(self) -> dict[str, Checkpoint]:
+        """Every source's files: "base", then the experts' names prefixed by "expert "."""
+        found = {"base": self.base.checkpoint}
+        for expert in self.experts:
+            if isinstance(expert, AdapterExpert):
+                found[f"expert {expert.name}"] = expert.checkpoint
+            elif isinstance(expert, FullExpert) and isinstance(expert.view, View):
+                found[f"expert {expert.name}"] = expert.view.checkpoint
+        return found
+
+
+def open_inputs(recipe: Recipe, token: str | None = None) -> Inputs:
+    """Locate every source, read every header, and bring all names into one.
+
+    Raises:
+        CoterieError: a source that is missing, damaged, quantised, or of another architecture than the rest.
+    """
+    where = locate(recipe.base, token)
+    places = {name: locate(expert.source, token) for name, expert in recipe.experts.items()}
+    if where.is_adapter:
+        raise CoterieError("is an adapter", f"base {recipe.base}", "give the model that it was trained on as the base")
+    base_config = _config(where)
+    architecture = _architecture(recipe, base_config, where, places)
+    config = _config(where, architecture.config_class)
+    full = {n: p for n, p in places.items() if not p.is_adapter}
+    configs = {name: _config(place, architecture.config_class) for name, place in full.items()}
+    if configs:  # the head that the mixture shows by default is the first full fine-tune's
+        first = next(iter(configs.values()))
+        config.id2label, config.label2id = dict(first.id2label), dict(first.label2id)
+        config.problem_type = first.problem_type
+    config.architectures = [architecture.__name__]
+    try:
+        skeleton = Skeleton(architecture, config)
+    except Exception as error:  # whatever a model's constructor makes of a damaged configuration
+        raise CoterieError(
+            f"config.json does not make a {architecture.__name__} ({error})", str(where.path), "restore the file"
+        ) from None
+    base = View(Checkpoint.open(where), skeleton)
+    _check_foreign(base, skeleton, f"base {recipe.base}")
+    notes: list[str] = []
+    experts = []
+    for name, place in places.items():
+        weight = recipe.experts[name].weight
+        expert: ExpertSource
+        if place.is_adapter:
+            expert = AdapterExpert(name, place, skeleton, weight)
+        else:
+            expert = _full_expert(name, place, skeleton, base, weight, configs[name], recipe)
+        experts.append(expert)
+    notes += _tokenizer_notes(where, places)
+    for name, tensor in skeleton.tensors.items():
+        shape = base.shape(name) if name in base else None
+        if shape is not None and shape != tuple(tensor.shape) and name.rpartition(".")[0] not in _head_paths(skeleton):
+            raise CoterieError(
+                f"tensor {name!r} has shape {list(shape)} and its config.json asks for {list(tensor.shape)}",
+                f"base {recipe.base}",
+                "restore the file",
+            )
+    return Inputs(recipe, config, skeleton, base, experts, notes)
+
+
+def _config(place: Location, config_class: Any = AutoConfig) -> Any:
+    raw = place.json("config.json")
+    if raw is None:
+        raise CoterieError("has no config.json", str(place.path), "give the directory of a transformers model")
+    quantised = raw.get("quantization_config")
+    if quantised:
+        kind = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else "unknown"
+        what = "is a mixture already" if kind == "coterie" else f"is quantised ({kind})"
+        raise CoterieError(what, str(place.path), "use an unquantised dense checkpoint")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return config_class.from_pretrained(place.path)
+    except Exception as error:  # transformers and its validators raise many kinds here
+        raise CoterieError(
+            f"config.json is not usable ({' '.join(str(error).split())[:300]})", str(place.path), "restore the file"
+        ) from None
+
+
+def _architecture(recipe: Recipe, base_config: Any, base: Location, places: dict[str, Location]) -> Any:
+    """The transformers class of the mixture: the recipe's, or the one that the sources share."""
+    if recipe.architecture:
+        cls = getattr(transformers, recipe.architecture, None)
+        if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+            names = [n for n in dir(transformers) if n.endswith(("Model", "LM")) or "For" in n]
+            raise CoterieError(
+                f"unknown architecture {recipe.architecture!r}", "recipe", nearest(recipe.architecture, names)
+            )
+        return cls
+    claimed: dict[str, str] = {}
+    for name, place in places.items():
+        if place.is_adapter:
+            task = (place.json("adapter_config.json") or {}).get("task_type")
+            auto = getattr(transformers, _TASKS.get(task or "", ""), None)
+            if task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") and auto is not None:
+                mapping = auto._model_mapping
+                if type(base_config) in mapping:
+                    claimed[name] = mapping[type(base_config)].__name__
+        else:
+            names = (place.json("config.json") or {}).get("architectures")
+            if isinstance(names, list) and names and isinstance(names[0], str):
+                claimed[name] = names[0]
+    classes = sorted(set(claimed.values()))
+    if len(classes) > 1:
+        raise CoterieError(
+            f"the sources are of different classes ({', '.join(f'{n}: {c}' for n, c in claimed.items())})",
+            "experts",
+            "name the class of the mixture with `architecture`",
+        )
+    raw = (base.json("config.json") or {}).get("architectures")
+    if not classes and isinstance(raw, list) and raw and isinstance(raw[0], str):
+        classes = [raw[0]]
+    cls = getattr(transformers, classes[0], None) if classes else None
+    if cls is None:
+        what = f"class {classes[0]!r} is unknown to transformers" if classes else "config.json names no architecture"
+        raise CoterieError(what, str(base.path), "name the class of the mixture with `architecture`")
+    return cls
+
+
+def _full_expert(
+    name: str, place: Location, skeleton: Skeleton, base: View, weight: float, config: Any, recipe: Recipe
+) -> FullExpert:
+    view = View(Checkpoint.open(place), skeleton)
+    labels = {key: getattr(config, key, None) for key in LABELS}
+    expert = FullExpert(name, view, weight, labels)
+    where = f"expert {name!r} ({place.path})"
+    expert.left_out |= _check_foreign(view, skeleton, where)
+    if not any(t in view for t in skeleton.tensors):
+        raise CoterieError("shares no tensor with the base model", where, "use experts of this base")
+    heads = _head_paths(skeleton)
+    for tensor in skeleton.tensors:
+        if tensor not in view or tensor not in base or tensor.rpartition(".")[0] in heads:
+            continue
+        ours, theirs = base.shape(tensor), view.shape(tensor)
+        if ours is None or theirs is None or ours == theirs:
+            continue
+        if (
+            len(ours) == len(theirs)
+            and ours[1:] == theirs[1:]
+            and recipe.vocabulary == "base"
+            and _is_vocabulary(skeleton, tensor)
+        ):
+            expert.left_out[tensor] = f"vocabulary of {theirs[0]} rows; the base's {ours[0]} are kept"
+        else:
+            raise shape_error(tensor, theirs, ours, expert)
+    return expert
+
+
+def _is_vocabulary(skeleton: Skeleton, name: str) -> bool:
+    module = skeleton.module(name.rpartition(".")[0])
+    return module in (skeleton.model.get_input_embeddings(), skeleton.model.get_output_embeddings())
+
+
+def _head_paths(skeleton: Skeleton) -> set[str]:
+    """Modules outside the base model: their shapes may differ from expert to expert."""
+    prefix = skeleton.model.base_model_prefix
+    output = skeleton.model.get_output_embeddings()
+    if not prefix or not hasattr(skeleton.model, prefix):
+        return set()
+    return {
+        path
+        for path, module in skeleton.model.named_modules()
+        if path and path.split(".")[0] != prefix and module is not output
+    }
+
+
+def _check_foreign(view: View, skeleton: Skeleton, where: str) -> dict[str, str]:
+    """Account for the tensors that the architecture has no place for; refuse what should have one."""
+    left_out = {}
+    for name in view.foreign:
+        memory, _ = skeleton.in_memory(name)
+        if skeleton.is_buffer(memory):
+            continue
+        if skeleton.belongs(memory):
+            raise CoterieError(
+                f"tensor {name!r} has no place in {type(skeleton.model).__name__}",
+                where,
+                "check that base and experts are of one architecture, or name it with `architecture`",
+            )
+        left_out[name] = f"not part of {type(skeleton.model).__name__}"
+    return left_out
+
+
+def _tokenizer_notes(base: Location, places: dict[str, Location]) -> list[str]:
+    """Tokenizers and chat templates that differ from the base's: the mixture takes the base's, and says so."""
+    notes = []
+    for name, place in places.items():
+        for file, key in (
+            ("tokenizer.json", None),
+            ("tokenizer_config.json", "chat_template"),
+            ("chat_template.jinja", None),
+        ):
+            mine, theirs = base.path / file, place.path / file
+            if not theirs.is_file():
+                continue
+            if key is None:
+                same = mine.is_file() and mine.read_bytes() == theirs.read_bytes()
+            else:
+                same = (base.json(file) or {}).get(key) == (place.json(file) or {}).get(key)
+            if not same:
+                notes.append(f"{key or file} of expert {name!r} differs from the base's; the mixture takes the base's")
+    return notes

@@ -1,0 +1,127 @@
+"""What is not a mixture layer: tensors that follow a policy, and modules that are kept per expert."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..errors import CoterieError
+from ..mixture.spec import HeadShape
+from ..sources.experts import ExpertSource
+from .report import Followed
+
+
+def follow(
+    name: str, base: torch.Tensor, experts: list[ExpertSource], policy: str, why: str
+) -> tuple[torch.Tensor, Followed]:
+    """One tensor under a policy, in the base's dtype.
+
+    `base` keeps the base's; `average` is the base plus the mean of the weighted deltas over all experts, those that do
+    not touch it counting as zero.
+
+    Raises:
+        CoterieError: an integer buffer that differs between base and expert.
+    """
+    followed = Followed(why, policy)
+    total = torch.zeros_like(base, dtype=torch.float32) if policy == "average" else None
+    for expert in experts:
+        value = expert.value(name, base)
+        if value is None or torch.equal(value.to(base.dtype), base):
+            continue
+        if not base.is_floating_point():
+            raise CoterieError(
+                f"integer buffer {name!r} differs from the base's",
+                f"expert {expert.name!r} ({expert.location})",
+                "use experts of this base",
+            )
+        followed.changed_by.append(expert.name)
+        if total is not None:
+            total += expert.weight * (value.float() - base.float())
+    if total is None or not followed.changed_by:
+        return base, followed
+    return (base.float() + total / len(experts)).to(base.dtype), followed
+
+
+@dataclass
+class Head:
+    """A module that may differ from expert to expert.
+
+    Attributes:
+        path: where it sits.
+        owners: indices of the experts that have it; more than one copy only where they differ.
+        tensors: per copy, name inside the module -> value.
+        shape: its structure, or None where one copy serves all.
+    """
+
+    path: str
+    owners: list[int]
+    tensors: list[dict[str, torch.Tensor]] = field(default_factory=list)
+    shape: HeadShape | None = None
+
+    def named(self) -> dict[str, torch.Tensor]:
+        """The tensors under their names in the mixture."""
+        if self.shape is None:
+            return {f"{self.path}.{leaf}": t for leaf, t in self.tensors[0].items()}
+        return {f"{self.path}.{i}.{leaf}": t for i, copy in enumerate(self.tensors) for leaf, t in copy.items()}
+
+
+def gather_head(
+    path: str,
+    wanted: dict[str, torch.Tensor],
+    base: Any,
+    experts: list[ExpertSource],
+    labels: list[dict[str, Any]],
+    always: bool = False,
+) -> Head:
+    """A module's copies: one per expert where they or their labels differ, else a single one.
+
+    An expert that says nothing of the module has the base's; where the base lacks it too, the expert has none.
+
+    Args:
+        path: the module's path.
+        wanted: name inside the module -> the architecture's tensor.
+        base: view of the base model.
+        experts: all experts.
+        labels: per expert, the configuration fields of its head.
+        always: keep a copy per expert even where all are equal.
+    """
+    head = Head(path, [])
+    for index, expert in enumerate(experts):
+        copy: dict[str, torch.Tensor] = {}
+        for leaf in wanted:
+            name = f"{path}.{leaf}"
+            mine = base.get(name) if name in base else None
+            try:
+                value = expert.value(name, mine)
+            except CoterieError:
+                value = expert.value(name, None)
+            value = mine if value is None else value
+            if value is not None:
+                copy[leaf] = value
+        if len(copy) == len(wanted):
+            head.owners.append(index)
+            head.tensors.append(copy)
+        elif copy and any(expert.has(f"{path}.{leaf}") for leaf in wanted):
+            lacking = next(leaf for leaf in wanted if leaf not in copy)
+            raise CoterieError(f"tensor '{path}.{lacking}' is missing", f"expert {expert.name!r}", "fetch it again")
+    if not head.owners:
+        raise CoterieError(
+            f"neither the base nor any expert has module {path!r}",
+            "sources",
+            "name another class of the mixture with `architecture`",
+        )
+    first = head.tensors[0]
+    equal = len(head.owners) == len(experts) and all(
+        all(torch.equal(first[leaf], copy[leaf]) for leaf in wanted) and labels[i] == labels[head.owners[0]]
+        for i, copy in zip(head.owners, head.tensors, strict=True)
+    )
+    if equal and not always:
+        head.tensors = [first]
+    else:
+        head.shape = HeadShape(
+            head.owners,
+            [{leaf: list(t.shape) for leaf, t in copy.items()} for copy in head.tensors],
+        )
+    return head

@@ -1,0 +1,161 @@
+"""What a build will do, from headers alone."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ..methods.registry import Mixture
+from ..mixture.layer import widths
+from ..mixture.sites import Sites
+from ..sources.experts import ExpertSource
+from .inputs import Inputs
+
+
+@dataclass
+class PlannedLayer:
+    """A layer to be: its widths, and the most that each expert's rank can be (None where it is not touched)."""
+
+    path: str
+    d_in: int
+    d_out: int
+    ranks: list[int | str | None]
+    parameters: int
+
+
+@dataclass
+class Plan:
+    """The account of a build before it runs.
+
+    Headers tell shapes and adapters' ranks, not whether a full fine-tune changes a layer: parameters, bytes and
+    memory are upper bounds.
+
+    Attributes:
+        base_parameters: parameters of the base architecture.
+        parameters: parameters of the mixture, at most.
+        bytes_read, bytes_written: traffic of tensors, at most.
+        bytes_written_low: what is written in any case (the base's own tensors).
+        memory: peak anonymous memory of the largest layer's work, at most, beyond the interpreter's own.
+    """
+
+    method: str
+    architecture: str
+    experts: list[str]
+    layers: list[PlannedLayer]
+    others: dict[str, str]
+    why_dense: dict[str, str]
+    heads: list[str]
+    base_parameters: int
+    parameters: int
+    bytes_read: int
+    bytes_written: int
+    bytes_written_low: int
+    memory: int
+    warnings: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return {**asdict(self), "ratio": self.parameters / max(self.base_parameters, 1)}
+
+    def table(self) -> RenderableType:
+        """The plan for a terminal."""
+        head = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+        head.add_row("plan", f"{self.method} of {len(self.experts)} experts in {self.architecture}")
+        ratio = self.parameters / max(self.base_parameters, 1)
+        head.add_row("parameters", f"at most {self.parameters:,} ({ratio:.3f} x the base's {self.base_parameters:,})")
+        head.add_row("reads", f"{self.bytes_read / 1e9:.3f} GB")
+        head.add_row("writes", f"at most {self.bytes_written / 1e9:.3f} GB")
+        head.add_row("memory", f"about {self.memory / 1e9:.3f} GB beyond the interpreter's own")
+        table = Table(title=f"{len(self.layers)} layers may become mixture layers", title_justify="left", box=None)
+        for column in ("layer", "in -> out", "ranks, at most", "parameters"):
+            table.add_column(column, overflow="fold")
+        for layer in self.layers:
+            ranks = ", ".join("-" if r is None else str(r) for r in layer.ranks)
+            table.add_row(layer.path, f"{layer.d_in} -> {layer.d_out}", ranks, f"{layer.parameters:,}")
+        rest = Table(title="everything else", title_justify="left", box=None)
+        for column in ("what", "tensors", "follows"):
+            rest.add_column(column, overflow="fold")
+        groups: dict[tuple[str, str], int] = {}
+        for name, policy in self.others.items():
+            key = (self.why_dense[name], policy)
+            groups[key] = groups.get(key, 0) + 1
+        for (why, policy), count in sorted(groups.items()):
+            rest.add_row(why, str(count), policy)
+        for path in self.heads:
+            rest.add_row(path, "module", "kept per expert where they differ")
+        return Group(head, table, rest, *(Text(f"! {w}", style="yellow") for w in self.warnings))
+
+
+def make_plan(inputs: Inputs, method: str, mixture: Mixture, sites: Sites, warnings: list[str]) -> Plan:
+    """Plan a build from what the headers say."""
+    skeleton, base, experts = inputs.skeleton, inputs.base, inputs.experts
+    layers = [_layer(inputs, mixture, path) for path in sites.layers]
+    total = sum(t.numel() for n, t in skeleton.tensors.items() if n not in skeleton.tied and t.is_floating_point())
+    dtype = getattr(torch, inputs.recipe.dtype) if inputs.recipe.dtype else None
+
+    def size(name: str) -> int:
+        if name not in base:
+            return skeleton.tensors[name].numel() * 4
+        stored = base.checkpoint.tensors[base.names_on_disk(name)[0]].dtype
+        width = (dtype or stored).itemsize if stored.is_floating_point else stored.itemsize
+        return skeleton.tensors[name].numel() * width
+
+    own = sum(size(n) for n in skeleton.tensors if n not in skeleton.tied)
+    banks = sum(layer.parameters * size(f"{layer.path}.weight") // (layer.d_in * layer.d_out) for layer in layers)
+    heads = sum(
+        size(n) * (len(experts) - 1) for n in skeleton.tensors if any(n.startswith(f"{p}.") for p in sites.heads)
+    )
+    head_parameters = sum(
+        t.numel() * (len(experts) - 1)
+        for n, t in skeleton.tensors.items()
+        if any(n.startswith(f"{p}.") for p in sites.heads)
+    )
+    names = [n for n in skeleton.tensors if n not in skeleton.tied]
+    largest = max((layer.d_in * layer.d_out for layer in layers), default=0)
+    return Plan(
+        method,
+        type(skeleton.model).__name__,
+        inputs.recipe.names,
+        layers,
+        sites.others,
+        sites.why_dense,
+        sites.heads,
+        base_parameters=total,
+        parameters=total + sum(layer.parameters for layer in layers) + head_parameters,
+        bytes_read=sum((base.bytes(n) if n in base else 0) + sum(e.bytes(n) for e in experts) for n in names),
+        bytes_written=own + banks + heads,
+        bytes_written_low=own,
+        # the base, each expert's delta in float32, and one factorisation in float64 with its workspace
+        memory=largest * (4 * (len(experts) + 2) + 8 * 5),
+        warnings=warnings,
+    )
+
+
+def _layer(inputs: Inputs, mixture: Mixture, path: str) -> PlannedLayer:
+    d_in, d_out = widths(inputs.skeleton.module(path))
+    rank = mixture.experts.rank
+    ranks = [_rank(expert, path, min(d_in, d_out), rank) for expert in inputs.experts]
+    touching = [r for r in ranks if r is not None]
+    parameters = sum(d_in * d_out if r == "dense" else int(r) * (d_in + d_out) for r in touching)
+    if len(touching) > 1:
+        gate = min(mixture.experts.gate_rank, d_in, d_out)
+        if rank == "dense" or any(int(r) < gate for r in touching):
+            parameters += gate * d_in * len(touching)
+    if any(expert.has(f"{path}.bias") for expert in inputs.experts):
+        parameters += d_out * len(touching)
+    return PlannedLayer(path, d_in, d_out, ranks, parameters)
+
+
+def _rank(expert: ExpertSource, path: str, smallest: int, rank: int | str) -> int | str | None:
+    bound = expert.rank_bound(path)
+    if bound == 0:
+        return None
+    if rank == "dense":
+        return "dense"
+    known = smallest if bound is None else min(bound, smallest)
+    return known if rank == "full" else min(int(rank), known)

@@ -1,0 +1,146 @@
+"""Writing safetensors shards tensor by tensor, and putting a finished directory in its place at once.
+
+The safetensors library writes a file from a dict of all its tensors; a streaming build must hold one at a time. The
+format allows it: the header may be padded, so room for it is left at the start and it is written last.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from ..errors import CoterieError
+from ..sources.checkpoint import DTYPES
+
+_CODE = {dtype: code for code, dtype in DTYPES.items()}
+_ROOM = 256  # bytes of header per tensor, beyond its name
+
+
+class ShardWriter:
+    """Tensors in, shards of at most `max_bytes` out, with an index where there are several.
+
+    Args:
+        folder: where the shards go.
+        max_bytes: size at which the next shard begins.
+        names: an upper bound of how many tensors one shard gets, and of their names' total length, for the header.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int, names: int = 4096):
+        self.folder, self.max_bytes = folder, max_bytes
+        self._room = 8 * ((names * (_ROOM + 64)) // 8)
+        self._file: BinaryIO | None = None
+        self._header: dict[str, Any] = {}
+        self._offset = 0
+        self._shards: list[tuple[Path, list[str]]] = []
+        self.total_bytes = 0
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Append one tensor (any strides, any device)."""
+        if any(name in names for _, names in self._shards):
+            raise CoterieError(f"tensor {name!r} would be written twice", str(self.folder), "report this")
+        raw = tensor.detach().cpu().contiguous()
+        size = raw.numel() * raw.element_size()
+        used = sum(len(n) + _ROOM for n in self._header) + len(name) + _ROOM
+        if self._file is not None and (self._offset + size > self.max_bytes or used > self._room):
+            self._close()
+        if self._file is None:
+            path = self.folder / f"shard-{len(self._shards)}.safetensors"
+            self._file = path.open("wb")
+            self._file.seek(8 + self._room)
+            self._shards.append((path, []))
+            self._header, self._offset = {}, 0
+        span = [self._offset, self._offset + size]
+        self._header[name] = {"dtype": _CODE[raw.dtype], "shape": list(raw.shape), "data_offsets": span}
+        if size:
+            self._file.write(memoryview(raw.flatten().view(torch.uint8).numpy()))
+        self._offset += size
+        self.total_bytes += size
+        self._shards[-1][1].append(name)
+
+    def _close(self) -> None:
+        if self._file is None:
+            return
+        header = json.dumps({"__metadata__": {"format": "pt"}, **self._header}).encode()
+        self._file.seek(0)
+        self._file.write(struct.pack("<Q", self._room) + header.ljust(self._room))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._file = None
+
+    def finish(self, stem: str = "model") -> None:
+        """Close the last shard, give all their final names, and write the index where there are several."""
+        self._close()
+        if len(self._shards) == 1:
+            self._shards[0][0].rename(self.folder / f"{stem}.safetensors")
+            return
+        weight_map = {}
+        for i, (path, names) in enumerate(self._shards, 1):
+            final = f"{stem}-{i:05d}-of-{len(self._shards):05d}.safetensors"
+            path.rename(self.folder / final)
+            weight_map |= dict.fromkeys(names, final)
+        index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
+        (self.folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))
+
+
+@contextmanager
+def whole_directory(out: Path, force: bool = False, needed: int = 0) -> Iterator[Path]:
+    """A folder to write in that becomes `out` at the end of the block, or vanishes if the block fails.
+
+    A killed process leaves at most a hidden sibling `.NAME.partial-*`, which the next run for the same `out` removes.
+
+    Args:
+        out: the final directory.
+        force: replace an existing directory.
+        needed: bytes that will be written; refused at once where the device has fewer.
+
+    Raises:
+        CoterieError: `out` exists, or the device has or runs out of space.
+    """
+    out = out.absolute()
+    if out.exists() and not force:
+        raise CoterieError("exists already", str(out), "choose another directory, or give --force to replace it")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        for stale in out.parent.glob(f".{out.name}.partial-*"):
+            shutil.rmtree(stale, ignore_errors=True)
+        free = shutil.disk_usage(out.parent).free
+        if needed > free:
+            raise CoterieError(
+                f"no space left on the device: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB free",
+                str(out.parent),
+                "free some space or choose another device",
+            )
+        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    except OSError as error:
+        raise _io_error(error, out) from None
+    try:
+        yield staging
+        staging.chmod(0o755)
+        if out.exists():
+            old = staging.with_name(staging.name + "-old")
+            out.rename(old)
+            staging.rename(out)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            staging.rename(out)
+    except OSError as error:
+        raise _io_error(error, out) from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _io_error(error: OSError, out: Path) -> CoterieError:
+    if error.errno == errno.ENOSPC:
+        return CoterieError("no space left on the device", str(out), "free some space or choose another device")
+    return CoterieError(f"cannot be written ({error})", str(out), "choose another directory")

@@ -1,0 +1,1 @@
+"""Suites of tasks, metrics and comparisons of the ways to combine experts."""

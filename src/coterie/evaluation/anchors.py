@@ -1,0 +1,90 @@
+"""A sentence encoder read as CLIP is: class anchors are its own embeddings of the label texts, and they never move.
+
+embedding = masked mean of the last hidden states, scaled to length one; logits = SCALE * embedding @ anchors.T. No
+head is trained, so the base is a true zero-shot classifier and every expert answers in the same space. [CLIP: Radford
+et al. 2021, arXiv:2103.00020, section 3.1; the embedding is that of Sentence-BERT, Reimers & Gurevych 2019,
+arXiv:1908.10084.]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer
+
+from coterie.evaluation.suite import Split, Task
+
+SCALE = 20.0
+MAX_TOKENS = 32
+
+
+@dataclass
+class Reader:
+    """The base's tokenizer, and the frozen anchors that any model of its architecture is read by.
+
+    Args:
+        base: directory of the base.
+        device: where batches go.
+    """
+
+    base: Path
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(self.base)
+        self.model = self.base_model()
+        self._anchors: dict[tuple[str, ...], Tensor] = {}
+
+    def base_model(self) -> nn.Module:
+        """A fresh copy of the base in float32, in eval mode."""
+        return AutoModel.from_pretrained(self.base, dtype=torch.float32).eval().to(self.device)
+
+    def anchors(self, labels: tuple[str, ...]) -> Tensor:
+        """(C, D) unit-length embeddings of the label texts by the base."""
+        if labels not in self._anchors:
+            with torch.inference_mode():
+                anchors = embed(self.model, self.batch(self.tokenize(labels)))
+            self._anchors[labels] = anchors.clone()
+        return self._anchors[labels]
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, at most MAX_TOKENS."""
+        return self.tokenizer(list(texts), truncation=True, max_length=MAX_TOKENS)["input_ids"]
+
+    def batch(self, ids: list[list[int]]) -> dict[str, Tensor]:
+        """(B, T) int64 `input_ids` and `attention_mask`, padded on the right."""
+        padded = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt")
+        return {name: padded[name].to(self.device) for name in ("input_ids", "attention_mask")}
+
+    def batches(self, texts: Sequence[str], size: int = 128) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
+        """(B,) row numbers and the batch of those rows; rows of similar length come together."""
+        ids = self.tokenize(texts)
+        order = np.argsort([len(row) for row in ids], kind="stable")
+        for start in range(0, len(order), size):
+            rows = order[start : start + size]
+            yield rows, self.batch([ids[row] for row in rows])
+
+    @torch.inference_mode()
+    def embeddings(self, model: nn.Module, texts: Sequence[str]) -> np.ndarray:
+        """(N, D) float32 unit-length embeddings of the texts."""
+        out = np.empty((len(texts), model.config.hidden_size), dtype=np.float32)
+        for rows, batch in self.batches(texts):
+            out[rows] = embed(model, batch).float().cpu().numpy()
+        return out
+
+    def correct(self, model: nn.Module, task: Task, split: Split) -> np.ndarray:
+        """(N,) bool: whether the model's nearest anchor is the row's class."""
+        anchors = self.anchors(task.labels).cpu().numpy()
+        return np.argmax(self.embeddings(model, split.texts) @ anchors.T, axis=1) == split.targets
+
+
+def embed(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """(B, D) unit-length masked means of the last hidden states."""
+    hidden = model(**batch).last_hidden_state
+    mask = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
+    return nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)

@@ -1,0 +1,200 @@
+"""Train a suite's experts: full fine-tunes and LoRA adapters of the base, on the CPU or a GPU.
+
+`python -m coterie.evaluation.train --help`. Every expert is a directory in the cache, named by the content of all that
+made it (data, hyperparameters, base) and written in one step when it is finished, so that a stopped run goes on where
+it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from queue import Empty
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from coterie.evaluation.anchors import MAX_TOKENS, SCALE, Reader, embed
+from coterie.evaluation.suite import Split, Task, digest
+
+LORA_TARGETS = ["query", "key", "value", "intermediate.dense", "output.dense"]
+RECORD = "training.json"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Hyperparameters of one expert.
+
+    Args:
+        kind: "full" trains every weight of the encoder's layers (norms and biases too; embeddings and the unused
+            pooler stay as they are); "lora" trains a LoRA adapter on every linear of the layers.
+        steps: optimizer steps; the learning rate warms up for 6% of them and then follows a cosine to zero.
+        learning_rate: peak, of AdamW with weight decay 0.01.
+        batch: rows a step; rows of similar length come together.
+        rank: of the adapter; its alpha is the same, so its scale is 1. Full fine-tunes ignore it.
+        seed: of the order of the rows, and of the adapter's initialisation.
+    """
+
+    kind: str = "full"
+    steps: int = 800
+    learning_rate: float = 2e-4
+    batch: int = 32
+    rank: int = 16
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Job:
+    """One expert to train: its task, its recipe, and the base (with the sha256 of its weights)."""
+
+    task: Task
+    recipe: Recipe
+    base: Path
+    fingerprint: str
+
+    @property
+    def key(self) -> str:
+        """sha256 (hex) of all that makes the expert."""
+        return digest(self.task.key, asdict(self.recipe), self.fingerprint, SCALE, MAX_TOKENS)
+
+    def directory(self, cache: Path) -> Path:
+        return cache / "experts" / f"{self.task.name}-{self.recipe.kind}-{self.key[:16]}"
+
+
+Report = Callable[[int, int, float], None]
+
+
+def train_all(
+    jobs: list[Job], cache: Path, device: str = "cpu", workers: int | None = None, report: Report | None = None
+) -> list[Path]:
+    """Train the experts that the cache lacks, several at a time, and return the directories of all.
+
+    Args:
+        jobs: the experts.
+        cache: directory that holds them.
+        device: torch device of the training.
+        workers: processes; default: one for each CPU core (each with one thread), or one on a GPU.
+        report: called with a job's index, its finished steps and its latest loss.
+    """
+    missing = [i for i, job in enumerate(jobs) if not (job.directory(cache) / RECORD).exists()]
+    unique = list({jobs[i].key: i for i in reversed(missing)}.values())[::-1]
+    workers = min(len(unique), workers or (1 if device != "cpu" else len(os.sched_getaffinity(0))))
+    say = report or (lambda index, step, loss: None)
+    if workers <= 1:
+        for i in unique:
+            train(jobs[i], cache, device, lambda step, loss, i=i: say(i, step, loss))  # type: ignore[misc]
+    else:
+        context = get_context("spawn")
+        with context.Manager() as manager, ProcessPoolExecutor(workers, mp_context=context) as pool:
+            queue = manager.Queue()
+            pending = {pool.submit(_train_in_worker, i, jobs[i], cache, device, queue) for i in unique}
+            while pending:
+                done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+                for _ in range(queue.qsize()):
+                    try:
+                        say(*queue.get_nowait())
+                    except Empty:  # pragma: no cover - qsize is approximate
+                        break
+                for future in done:
+                    future.result()
+    return [job.directory(cache) for job in jobs]
+
+
+def _train_in_worker(index: int, job: Job, cache: Path, device: str, queue: Any) -> None:
+    torch.set_num_threads(1)
+    train(job, cache, device, lambda step, loss: queue.put((index, step, loss)))
+
+
+def train(job: Job, cache: Path, device: str = "cpu", report: Callable[[int, float], None] | None = None) -> Path:
+    """Train one expert and write its directory (a transformers or PEFT directory with `training.json`).
+
+    Args:
+        job: the expert.
+        cache: directory that holds the experts.
+        device: torch device.
+        report: called every 20 steps with the number of finished steps and the mean loss since the last call.
+    """
+    torch.manual_seed(job.recipe.seed)
+    reader = Reader(job.base, device)
+    model = _trainable(reader, job.recipe)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=job.recipe.learning_rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warm_cosine(job.recipe.steps))
+    anchors = reader.anchors(job.task.labels)
+    curve, losses = [], []
+    for step, (ids, targets) in enumerate(_rows(reader, job.task.train, job.recipe), start=1):
+        logits = SCALE * embed(model, reader.batch(ids)) @ anchors.T
+        loss = nn.functional.cross_entropy(logits, torch.as_tensor(targets, device=device))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+        if report and step % 20 == 0:
+            report(step, float(np.mean(losses[-20:])))
+        if step % max(1, job.recipe.steps // 8) == 0:
+            accuracy = reader.correct(model, job.task, job.task.validation).mean()
+            curve.append({"step": step, "loss": float(np.mean(losses[-50:])), "validation": float(accuracy)})
+    record = {
+        "task": job.task.name, "task_sha256": job.task.key, "recipe": asdict(job.recipe), "base": job.fingerprint,
+        "dropout": 0.0, "logit_scale": SCALE, "max_tokens": MAX_TOKENS, "trainable": sum(p.numel() for p in parameters),
+        "curve": curve,
+    }  # fmt: skip
+    return _write(model, record, job.directory(cache))
+
+
+def _trainable(reader: Reader, recipe: Recipe) -> nn.Module:
+    """The base with gradients where the recipe trains. It stays in eval mode: experts are trained without dropout."""
+    model = reader.base_model().requires_grad_(False)
+    if recipe.kind == "lora":
+        from peft import LoraConfig, TaskType, get_peft_model
+
+        config = LoraConfig(
+            r=recipe.rank, lora_alpha=recipe.rank, target_modules=LORA_TARGETS, task_type=TaskType.FEATURE_EXTRACTION
+        )
+        return get_peft_model(model, config).eval()  # type: ignore[arg-type]
+    model.get_submodule("encoder").requires_grad_(True)
+    return model
+
+
+def _warm_cosine(steps: int) -> Callable[[int], float]:
+    warmup = max(1, round(0.06 * steps))
+    return lambda step: min((step + 1) / warmup, 0.5 * (1 + np.cos(np.pi * max(0, step - warmup) / (steps - warmup))))
+
+
+def _rows(reader: Reader, split: Split, recipe: Recipe) -> Iterator[tuple[list[list[int]], np.ndarray]]:
+    """`steps` batches; each epoch in a new order, sorted by length within chunks of 16 batches."""
+    ids = reader.tokenize(split.texts)
+    lengths = np.array([len(row) for row in ids])
+    rng = np.random.default_rng(recipe.seed)
+    size, left = min(recipe.batch, len(ids)), recipe.steps
+    while left:
+        order = rng.permutation(len(ids))
+        chunks = [order[i : i + 16 * size] for i in range(0, len(order), 16 * size)]
+        ordered = np.concatenate([chunk[np.argsort(lengths[chunk], kind="stable")] for chunk in chunks])
+        batches = [ordered[i : i + size] for i in range(0, len(ordered) - size + 1, size)]
+        for index in rng.permutation(len(batches))[:left]:
+            left -= 1
+            yield [ids[row] for row in batches[index]], split.targets[batches[index]]
+
+
+def _write(model: nn.Module, record: dict[str, Any], directory: Path) -> Path:
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=directory.parent))
+    try:
+        model.save_pretrained(partial)  # type: ignore[operator]
+        (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+        os.replace(partial, directory)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return directory

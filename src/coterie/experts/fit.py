@@ -1,0 +1,165 @@
+"""Experts from deltas: what one layer's bank holds, and what was measured on the way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Literal
+
+import torch
+
+from ..sources.delta import Delta
+from .bank import BankShape
+from .factorise import Factors, factorise, residual
+
+Rank = int | Literal["full", "dense"]
+
+
+@dataclass
+class LayerReport:
+    """What one layer became.
+
+    Attributes:
+        path: the layer's module path.
+        d_in, d_out: its widths.
+        ranks: per expert of the mixture: the rank kept, "dense", or None where it does not touch the layer.
+        gate_rank: leading directions that score each candidate.
+        residuals: per expert, `|delta - kept| / |delta|` in Frobenius norm, measured.
+        norms: per expert, `|delta| / |W|`.
+        overlap: mean over pairs of `|V_i V_j^T|_F^2 / g` between gate subspaces; None with fewer than two candidates.
+        parameters: parameters of the bank.
+    """
+
+    path: str
+    d_in: int
+    d_out: int
+    ranks: list[int | str | None]
+    gate_rank: int
+    residuals: list[float | None]
+    norms: list[float | None]
+    overlap: float | None
+    parameters: int
+
+    @property
+    def chance(self) -> float:
+        """The overlap that random subspaces of these widths have."""
+        return self.gate_rank / self.d_in
+
+
+@dataclass
+class FittedLayer:
+    """A layer's bank: its structure, its parameters by name, and the report."""
+
+    shape: BankShape
+    tensors: dict[str, torch.Tensor]
+    report: LayerReport
+
+
+@dataclass(frozen=True)
+class TruncatedSVD:
+    """Experts are truncated SVDs of the deltas; gates read their leading right singular vectors.
+
+    `A_i = V_k^T` (orthonormal rows) and `B_i = S_k U_k^T` times the expert's weight, so that with `gate_rank <= rank`
+    the projections `A_i x` serve the score as well (arXiv:2408.10174, section 4).
+
+    Attributes:
+        rank: directions kept per expert; "full" keeps all that are numerically non-zero, "dense" the delta itself.
+        gate_rank: directions that score; the same number for all experts of a layer, at most the smallest
+            numerical rank among them.
+    """
+
+    rank: Rank
+    gate_rank: int
+
+    def fit(
+        self,
+        path: str,
+        weight: torch.Tensor,
+        deltas: list[Delta | None],
+        biases: list[torch.Tensor | None],
+        scales: list[float],
+    ) -> FittedLayer | None:
+        """One layer's experts.
+
+        Args:
+            path: the layer's name, for the report.
+            weight: the base weight, (d_out, d_in).
+            deltas: per expert, its delta of the weight, or None where that is zero.
+            biases: per expert, its delta of the bias (d_out,), or None.
+            scales: per expert, the factor on its delta (never on its score).
+
+        Returns:
+            The bank, or None where no expert changes the weight (a lone expert may change the bias alone).
+        """
+        d_out, d_in = weight.shape
+        if len(deltas) == 1 and deltas[0] is None and biases[0] is not None:
+            candidates = [0]
+        else:
+            candidates = [i for i, delta in enumerate(deltas) if delta is not None]
+        if not candidates:
+            return None
+        wanted = (
+            self.gate_rank if self.rank == "dense" else None if self.rank == "full" else max(self.rank, self.gate_rank)
+        )
+        factors = [_factors(deltas[i], wanted, weight) for i in candidates]
+        several = len(candidates) > 1
+        gate_rank = min(self.gate_rank, *(f.rank for f in factors)) if several else 0
+        dense = self.rank == "dense"
+        kept = [len(f.s) if self.rank == "full" or dense else min(int(self.rank), len(f.s)) for f in factors]
+
+        tensors: dict[str, torch.Tensor] = {}
+        if dense:
+            tensors["dense"] = torch.stack(
+                [scales[i] * (delta.dense() if (delta := deltas[i]) else torch.zeros_like(weight)) for i in candidates]
+            )
+        else:
+            tensors["down"] = torch.cat([f.vt[:k] for f, k in zip(factors, kept, strict=True)])
+            tensors["up"] = torch.cat(
+                [(scales[i] * f.u[:, :k] * f.s[:k]).T for i, f, k in zip(candidates, factors, kept, strict=True)]
+            )
+        own_gate = several and (dense or gate_rank > min(kept))
+        if own_gate:
+            tensors["gate"] = torch.cat([f.vt[:gate_rank] for f in factors])
+        changed = any(biases[i] is not None for i in candidates)
+        if changed:
+            zero = torch.zeros(d_out)
+            tensors["bias"] = torch.stack(
+                [zero if (b := biases[i]) is None else scales[i] * b.float().cpu() for i in candidates]
+            )
+
+        everyone = range(len(deltas))
+        at = {expert: position for position, expert in enumerate(candidates)}
+        norm = float(torch.linalg.vector_norm(weight.double())) or 1.0
+        report = LayerReport(
+            path,
+            d_in,
+            d_out,
+            ranks=[None if i not in at else "dense" if dense else kept[at[i]] for i in everyone],
+            gate_rank=gate_rank,
+            residuals=[
+                None
+                if i not in at
+                else 0.0
+                if dense
+                else residual(factors[at[i]].s[: kept[at[i]]], factors[at[i]].norm)
+                for i in everyone
+            ],
+            norms=[factors[at[i]].norm / norm if i in at else None for i in everyone],
+            overlap=_overlap([f.vt[:gate_rank] for f in factors]) if several else None,
+            parameters=sum(t.numel() for t in tensors.values()),
+        )
+        shape = BankShape(tuple(candidates), None if dense else tuple(kept), gate_rank, own_gate, changed)
+        return FittedLayer(shape, tensors, report)
+
+
+def _factors(delta: Delta | None, rank: int | None, weight: torch.Tensor) -> Factors:
+    if delta is not None:
+        return factorise(delta, rank)
+    d_out, d_in = weight.shape
+    empty = torch.zeros(0, dtype=torch.float64)
+    return Factors(empty.new_zeros(d_out, 0), empty, empty.new_zeros(0, d_in), 0.0, 0)
+
+
+def _overlap(rows: list[torch.Tensor]) -> float:
+    pairs = [float((a @ b.T).square().sum()) / max(len(a), 1) for a, b in combinations(rows, 2)]
+    return sum(pairs) / len(pairs)

@@ -1,0 +1,1 @@
+"""Combining experts into one dense model."""

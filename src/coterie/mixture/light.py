@@ -1,0 +1,54 @@
+"""The light form: a mixture that holds only what is not its base's, read together with that base."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..errors import CoterieError
+from ..sources.checkpoint import Checkpoint
+from ..sources.locate import Location, locate
+from ..sources.names import Skeleton, View
+from .hub import CoterieConfig
+
+
+def read_light(
+    location: Location, cls: Any, named: dict[str, Any], base: str | None, token: str | None
+) -> tuple[Any, dict[str, torch.Tensor]]:
+    """The configuration and all tensors of a light mixture.
+
+    Args:
+        location: the light mixture's directory.
+        cls: the transformers class that it was built as.
+        named: the base's id, revision and fingerprint.
+        base: where the base is instead, if it has moved.
+        token: Hub token.
+
+    Raises:
+        CoterieError: the base is not the one that the mixture was built on.
+    """
+    import transformers
+
+    source = base or (f"{named['id']}@{named['revision']}" if named["revision"] else named["id"])
+    config = cls.config_class.from_pretrained(location.path)
+    spec = dict(config.quantization_config)
+    plain = cls.config_class.from_pretrained(locate(source, token).path)
+    plain.id2label, plain.label2id = config.id2label, config.label2id
+    skeleton = Skeleton(getattr(transformers, cls.__name__), plain)
+    view = View(Checkpoint.open(locate(source, token)), skeleton)
+    if view.fingerprint() != named["fingerprint"]:
+        raise CoterieError(
+            f"its base is not the one at {source} (their fingerprints differ)",
+            str(location.path),
+            "give the right one: coterie.load(DIR, base=PATH_OR_HUB_ID@REVISION)",
+        )
+    own = Checkpoint.open(location)
+    tensors = {name: own.read(name) for name in own.tensors}
+    replaced = {skeleton.in_memory(name)[0] for name in tensors}
+    for name in skeleton.tensors:
+        if name in view and name not in replaced:
+            tensors |= {disk: view.checkpoint.read(disk) for disk in view.names_on_disk(name)}
+    spec.pop("quant_method")
+    config.quantization_config = CoterieConfig(**{**spec, "base": None})
+    return config, tensors

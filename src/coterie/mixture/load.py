@@ -1,0 +1,46 @@
+"""Loading a mixture directory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import CoterieError
+from ..sources.locate import locate
+
+
+def load(source: str, **kwargs: Any) -> Any:
+    """Load a mixture, ready to run, in eval mode.
+
+    Args:
+        source: a mixture directory, or a Hub id (`id@revision`).
+        **kwargs: what `from_pretrained` takes (`dtype`, `device_map`, `token`, ...).
+
+    Returns:
+        The model, of the transformers class that it was built as.
+
+    Raises:
+        CoterieError: not a mixture, or a light one whose base is not the one it was built on.
+    """
+    import transformers
+
+    location = locate(str(source), kwargs.get("token"))
+    raw = location.json("config.json") or {}
+    spec = raw.get("quantization_config")
+    if not isinstance(spec, dict) or spec.get("quant_method") != "coterie":
+        raise CoterieError("is not a coterie mixture", str(source), "build one with `coterie build`")
+    cls = getattr(transformers, (raw.get("architectures") or [""])[0], None)
+    if cls is None:
+        raise CoterieError(
+            f"its class {raw.get('architectures')} is unknown to transformers {transformers.__version__}",
+            str(source),
+            "upgrade transformers",
+        )
+    if not spec.get("base"):
+        return cls.from_pretrained(location.path, **kwargs)
+
+    from .light import read_light
+
+    config, tensors = read_light(location, cls, spec["base"], kwargs.pop("base", None), kwargs.get("token"))
+    model = cls.from_pretrained(None, config=config, state_dict=tensors, **kwargs)
+    model.name_or_path = model.config.name_or_path = str(location.path)
+    return model

@@ -1,0 +1,71 @@
+"""Which linear layers does a forward pass really call? A probe on the meta device, before any weight is read."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from .layer import MIXTURE_OF
+
+
+def probe_inputs(model: Any) -> dict[str, torch.Tensor]:
+    """Meta tensors that a transformers model of any modality takes: ids, pixels, audio features."""
+    config = model.config
+    text = config.get_text_config()
+    vision = getattr(config, "vision_config", config)
+    accepted = inspect.signature(model.forward).parameters
+    meta: dict[str, Any] = {"device": "meta"}
+    inputs: dict[str, torch.Tensor] = {}
+    if "pixel_values" in accepted:
+        size = getattr(vision, "image_size", 224)
+        height, width = (size, size) if isinstance(size, int) else size
+        inputs["pixel_values"] = torch.zeros(1, getattr(vision, "num_channels", 3), height, width, **meta)
+    if "input_features" in accepted:
+        bins = getattr(config, "num_mel_bins", 80)
+        inputs["input_features"] = torch.zeros(1, bins, 2 * getattr(config, "max_source_positions", 100), **meta)
+    if "input_values" in accepted:
+        inputs["input_values"] = torch.zeros(1, 16000, **meta)
+    if "input_ids" in accepted:
+        inputs["input_ids"] = torch.zeros(
+            1, min(8, getattr(text, "max_position_embeddings", 8) or 8), dtype=torch.long, **meta
+        )
+    if config.is_encoder_decoder and "decoder_input_ids" in accepted:
+        inputs["decoder_input_ids"] = torch.zeros(1, 4, dtype=torch.long, **meta)
+    return inputs
+
+
+def called_linears(model: Any) -> tuple[set[str], str | None]:
+    """Run a forward pass of a meta-device model and see which linear layers it calls.
+
+    Args:
+        model: a transformers model on the meta device.
+
+    Returns:
+        (paths of the linear layers that were called, None), or (those called so far, why the probe broke off).
+    """
+    called: set[str] = set()
+    hooks = [
+        module.register_forward_pre_hook(lambda _m, _a, path=path: called.add(path))  # type: ignore[misc]
+        for path, module in model.named_modules()
+        if type(module) in MIXTURE_OF
+    ]
+    try:
+        with torch.no_grad():
+            model(**probe_inputs(model))
+    except Exception as error:  # any architecture may refuse to run without data; the caller reports it
+        return called, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return called, None
+
+
+def reads_weights_directly(ancestors: list[nn.Module]) -> str | None:
+    """Modules whose fast paths read their linears' weights, so that experts there would be ignored."""
+    for module in ancestors:
+        if isinstance(module, (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
+            return f"torch's {type(module).__name__} reads its weight directly"
+    return None

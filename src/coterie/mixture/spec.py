@@ -1,0 +1,84 @@
+"""What a mixture is, in plain data: everything that is needed to rebuild it from its base architecture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ..experts.bank import BankShape
+from .heads import per_expert
+from .layer import add_experts, replace
+
+FORMAT = 1
+
+
+@dataclass
+class HeadShape:
+    """A module that is kept per expert: the owners of its copies, and their tensor shapes."""
+
+    owners: list[int]
+    shapes: list[dict[str, list[int]]]
+
+
+@dataclass
+class MixtureSpec:
+    """A mixture's structure.
+
+    Attributes:
+        method: the registered method that built it.
+        parameters: the method's parameters.
+        experts: the experts' names, in order.
+        layers: module path -> what its bank holds.
+        heads: module path -> the copies that are kept per expert.
+        labels: per expert, the configuration fields that go with its head (`id2label`, `label2id`, `problem_type`).
+        base: id, revision and fingerprint of the base model, for the light form; None where the mixture stands alone.
+    """
+
+    method: str
+    parameters: dict[str, Any]
+    experts: list[str]
+    layers: dict[str, BankShape] = field(default_factory=dict)
+    heads: dict[str, HeadShape] = field(default_factory=dict)
+    labels: list[dict[str, Any]] = field(default_factory=list)
+    base: dict[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "method": self.method,
+            "parameters": self.parameters,
+            "experts": self.experts,
+            "layers": {path: shape.to_dict() for path, shape in self.layers.items()},
+            "heads": {path: {"owners": h.owners, "shapes": h.shapes} for path, h in self.heads.items()},
+            "labels": self.labels,
+            "base": self.base,
+        }
+
+    @classmethod
+    def from_dict(cls, spec: dict[str, Any]) -> MixtureSpec:
+        return cls(
+            spec["method"],
+            spec["parameters"],
+            spec["experts"],
+            {path: BankShape.from_dict(shape) for path, shape in spec["layers"].items()},
+            {path: HeadShape(h["owners"], h["shapes"]) for path, h in spec["heads"].items()},
+            spec["labels"],
+            spec.get("base"),
+        )
+
+
+def insert(model: nn.Module, spec: MixtureSpec, tensors: dict[str, dict[str, Any]] | None = None) -> None:
+    """Turn a model of the base architecture into the mixture, in place.
+
+    Args:
+        model: the model; on the meta device where a loader will fill it.
+        spec: the mixture's structure.
+        tensors: module path -> the bank's parameters; None leaves them to the loader.
+    """
+    for path, shape in spec.layers.items():
+        given = tensors[path] if tensors is not None else None
+        replace(model, path, add_experts(model.get_submodule(path), shape, spec.parameters["top_k"], given))
+    for path, head in spec.heads.items():
+        replace(model, path, per_expert(model.get_submodule(path), head.owners, head.shapes))

@@ -1,0 +1,61 @@
+"""Recording the gates of a call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from .layer import is_mixture
+
+
+class RoutingTrace(dict[str, torch.Tensor]):
+    """Layer name -> gates (batch, tokens, E) of the last call, experts in the order of `model.coterie.expert_names`.
+
+    A layer that sees one vector per example (a pooler) has one token.
+    """
+
+    batch: int = 1
+
+
+@contextmanager
+def routing_trace(model: nn.Module) -> Iterator[RoutingTrace]:
+    """Record every mixture layer's gates: `with coterie.routing_trace(model) as trace: model(**batch)`.
+
+    Args:
+        model: a mixture.
+
+    Yields:
+        A mapping that each call fills anew; read it inside or after the block.
+    """
+    trace = RoutingTrace()
+    total = len(model.coterie.expert_names)  # type: ignore[union-attr,operator]
+
+    def begin(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        trace.clear()
+        tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.ndim]
+        trace.batch = tensors[0].shape[0] if tensors else 1
+
+    def recorder(name: str, experts: tuple[int, ...]) -> Any:
+        def record(_module: nn.Module, _args: Any, gates: torch.Tensor) -> None:
+            whole = gates.new_zeros(*gates.shape[:-1], total)
+            whole[..., list(experts)] = gates.detach()
+            rows = whole.numel() // total
+            trace[name] = (
+                whole.reshape(trace.batch, -1, total) if rows % trace.batch == 0 else whole.reshape(1, -1, total)
+            )
+
+        return record
+
+    hooks = [model.register_forward_pre_hook(begin, with_kwargs=True)]
+    for name, layer in model.named_modules():
+        if is_mixture(layer):
+            hooks.append(layer.router.register_forward_hook(recorder(name, layer.bank.shape.experts)))  # type: ignore[union-attr,operator]
+    try:
+        yield trace
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,1 @@
+"""Pictures of a mixture: tables for the terminal."""

@@ -1,0 +1,1 @@
+"""Pooling, score and selection: how a mixture layer decides which experts answer."""

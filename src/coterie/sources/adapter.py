@@ -1,0 +1,221 @@
+"""PEFT LoRA adapters, as their factors are on disk."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import CoterieError
+from .checkpoint import Checkpoint
+from .delta import Delta, Dense, LowRank
+from .experts import ExpertSource, shape_error
+from .locate import Location
+from .names import Skeleton
+
+# What a LoraConfig can ask for that is not `W + scale B A`, and so cannot be read as factors.
+_UNREADABLE = (
+    "use_qalora",
+    "layer_replication",
+    "trainable_token_indices",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "velora_config",
+    "monteclora_config",
+    "kasa_config",
+    "use_bdlora",
+    "target_parameters",
+    "lora_ga_config",
+)
+# Initialisations that subtract the adapter from the base: such an adapter does not belong to the base as published.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+class AdapterExpert(ExpertSource):
+    """A PEFT LoRA (or DoRA) adapter directory.
+
+    Read exactly: rank and alpha patterns, rsLoRA, biases of the low-rank pair, trained biases, `modules_to_save`,
+    LoRA on embeddings and convolutions, DoRA (as a dense delta). Everything else is refused by name.
+    """
+
+    kind = "adapter"
+
+    def __init__(self, name: str, location: Location, skeleton: Skeleton, weight: float = 1.0):
+        config = location.json("adapter_config.json") or {}
+        super().__init__(name, weight, {})
+        self.location, self.skeleton, self.config = str(location.path), skeleton, config
+        self._check()
+        self.checkpoint = Checkpoint.open(location, stem="adapter_model")
+        self._parts: dict[str, dict[str, str]] = {}  # module path -> {lora_A, lora_B, ...: name on disk}
+        self._values: dict[str, str] = {}  # tensor in memory -> name on disk, for whole tensors
+        self._scale: dict[str, float] = {}
+        for disk in self.checkpoint.tensors:
+            self._place(disk)
+        for path, parts in self._parts.items():
+            self._validate(path, parts)
+
+    def _refuse(self, what: str, mend: str) -> CoterieError:
+        return CoterieError(what, f"adapter {self.name!r} ({self.location})", mend)
+
+    def _check(self) -> None:
+        kind = self.config.get("peft_type")
+        if kind != "LORA":
+            raise self._refuse(f"its type is {kind!r}, and only LORA (and DoRA) is a low-rank delta", "merge it first")
+        for key in _UNREADABLE:
+            if self.config.get(key):
+                raise self._refuse(f"it uses {key!r}, which is not a plain low-rank delta", "merge it into its base")
+        start = str(self.config.get("init_lora_weights", True)).lower()
+        if start.startswith(_CHANGES_BASE):
+            raise self._refuse(
+                f"it was initialised by {start!r}, which also changes the base",
+                "convert it (PEFT: path_initial_model_for_weight_conversion) or merge it into its base",
+            )
+        for key, kind_ in (("r", int), ("lora_alpha", (int, float))):
+            value = self.config.get(key)
+            if isinstance(value, bool) or not isinstance(value, kind_) or not value > 0 or not math.isfinite(value):
+                raise self._refuse(f"{key!r} is {value!r} in adapter_config.json", "restore a positive number")
+        for key in ("alpha_pattern", "rank_pattern"):
+            pattern = self.config.get(key) or {}
+            if not isinstance(pattern, dict) or not all(
+                isinstance(v, (int, float)) and not isinstance(v, bool) for v in pattern.values()
+            ):
+                raise self._refuse(f"{key!r} is no mapping to numbers in adapter_config.json", "restore it")
+
+    def _place(self, disk: str) -> None:
+        name = disk.removeprefix("base_model.model.")
+        match = re.fullmatch(
+            r"(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(\.weight|\.bias)?", name
+        )
+        if match:
+            path = self._module(match[1], disk)
+            self._parts.setdefault(path, {})[match[2] + ("_bias" if match[3] == ".bias" else "")] = disk
+            self._scale.setdefault(path, self._scaling(match[1]))
+            return
+        name = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+        memory, pattern = self.skeleton.in_memory(name)
+        if memory in self.skeleton.tensors and pattern is None:
+            self._values[memory] = disk
+        elif self.skeleton.belongs(name):
+            raise self._refuse(f"tensor {disk!r} has no place in the base model", "use the base it was trained on")
+        else:
+            self.left_out[disk] = f"not part of {type(self.skeleton.model).__name__}"
+
+    def _module(self, path: str, disk: str) -> str:
+        memory, pattern = self.skeleton.in_memory(f"{path}.weight")
+        if memory not in self.skeleton.tensors or pattern is not None:
+            raise self._refuse(
+                f"tensor {disk!r} adapts module {path!r}, which the base model lacks", "use the base it was trained on"
+            )
+        return memory.removesuffix(".weight")
+
+    def _scaling(self, path: str) -> float:
+        """PEFT's rule: the first pattern that matches the end of the module's name, else the adapter's own values."""
+
+        def value(patterns: dict[str, Any] | None, default: float) -> float:
+            for pattern, number in (patterns or {}).items():
+                try:
+                    if re.match(rf"(.*\.)?({pattern})$", path):
+                        return float(number)
+                except re.error:
+                    raise self._refuse(f"pattern {pattern!r} is no regular expression", "mend the pattern") from None
+            return default
+
+        alpha = value(self.config.get("alpha_pattern"), self.config["lora_alpha"])
+        rank = value(self.config.get("rank_pattern"), self.config["r"])
+        return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
+
+    def _validate(self, path: str, parts: dict[str, str]) -> None:
+        tag = "lora_embedding_" if "lora_embedding_A" in parts or "lora_embedding_B" in parts else "lora_"
+        for part in (f"{tag}A", f"{tag}B"):
+            if part not in parts:
+                raise self._refuse(f"module {path!r} has no {part}", "fetch the adapter again")
+        up, down = (self.checkpoint.tensors[parts[tag + side]].shape for side in "BA")
+        weight = tuple(self.skeleton.tensors[f"{path}.weight"].shape)
+        module = self.skeleton.module(path)
+        if isinstance(module, (Conv1D, nn.Embedding)):
+            weight = weight[::-1]
+        fits = (
+            len(up) == len(down) == len(weight) and up[0] == weight[0] and down[1:] == weight[1:] and up[1] == down[0]
+        )
+        if not fits:
+            raise shape_error(f"{path}.weight", (up[0] if up else 0, *down[1:]), weight, self)
+
+    def _factors(self, path: str, tag: str = "lora_") -> LowRank:
+        up, down = (self.checkpoint.read(self._parts[path][tag + side]) for side in "BA")
+        return LowRank(up.double() * self._scale[path], down.double())
+
+    def has(self, name: str) -> bool:
+        path, _, leaf = name.rpartition(".")
+        low_rank = self._parts.get(path, {})
+        return (
+            name in self._values
+            or (leaf == "weight" and bool(low_rank))
+            or (leaf == "bias" and "lora_B_bias" in low_rank)
+        )
+
+    def value(self, name: str, base: torch.Tensor | None) -> torch.Tensor | None:
+        path, _, leaf = name.rpartition(".")
+        value = self.checkpoint.read(self._values[name]) if name in self._values else None
+        if value is not None and base is not None and value.shape != base.shape:
+            raise shape_error(name, tuple(value.shape), tuple(base.shape), self)
+        parts = self._parts.get(path, {})
+        start = value if value is not None else base
+        if leaf == "bias" and "lora_B_bias" in parts:
+            extra = self.checkpoint.read(parts["lora_B_bias"]).double() * self._scale[path]
+            return extra.float() if start is None else (start.double() + extra).to(start.dtype)
+        if leaf != "weight" or not parts or start is None:
+            return value
+        if "lora_embedding_A" in parts:
+            low_rank = self._factors(path, "lora_embedding_")
+            return (start.double() + (low_rank.up @ low_rank.down).T).to(start.dtype)
+        transposed = isinstance(self.skeleton.module(path), Conv1D)
+        if start.ndim > 2:
+            low_rank = self._factors(path)
+            delta = torch.einsum("or,r...->o...", low_rank.up.flatten(1), low_rank.down)
+            return (start.double() + delta).to(start.dtype)
+        change = self.delta(path, start, transposed)
+        matrix = torch.zeros_like(start) if change is None else change.dense()
+        return start + (matrix.T if transposed and change is not None else matrix).to(start.dtype)
+
+    def delta(self, path: str, base: torch.Tensor, transposed: bool) -> Delta | None:
+        name, parts = f"{path}.weight", self._parts.get(path)
+        if parts is None:
+            saved = self._values.get(name)
+            if saved is None:
+                return None
+            value = self.checkpoint.read(saved)
+            if value.shape != base.shape:
+                raise shape_error(name, tuple(value.shape), tuple(base.shape), self)
+            matrix = value.float() - base.float()
+            return Dense(matrix.T if transposed else matrix) if matrix.any() else None
+        low_rank = self._factors(path)
+        if (
+            "lora_magnitude_vector" in parts
+        ):  # DoRA, arXiv:2402.09353, eq. 5: m (W + BA) / |W + BA|, norms per output row
+            weight = (base.T if transposed else base).double()
+            tuned = weight + low_rank.up @ low_rank.down
+            magnitude = self.checkpoint.read(parts["lora_magnitude_vector"]).double().reshape(-1, 1)
+            return Dense(tuned * (magnitude / torch.linalg.vector_norm(tuned, dim=1, keepdim=True)) - weight)
+        return low_rank if low_rank.up.any() and low_rank.down.any() else None
+
+    def bias(self, path: str, base: torch.Tensor | None) -> torch.Tensor | None:
+        if base is None and self.has(f"{path}.bias"):
+            value = self.value(f"{path}.bias", None)
+            return value if value is not None and value.any() else None
+        return super().bias(path, base)
+
+    def rank_bound(self, path: str) -> int | None:
+        parts = self._parts.get(path)
+        if parts is None or "lora_magnitude_vector" in parts or "lora_A" not in parts:
+            return None if self.has(f"{path}.weight") else 0
+        return self.checkpoint.tensors[parts["lora_A"]].shape[0]
+
+    def bytes(self, name: str) -> int:
+        path, _, leaf = name.rpartition(".")
+        disk = [self._values[name]] if name in self._values else []
+        disk += [d for part, d in self._parts.get(path, {}).items() if (part == "lora_B_bias") == (leaf == "bias")]
+        return sum(self.checkpoint.tensors[d].bytes for d in disk)

@@ -1,0 +1,78 @@
+"""From what a recipe says (`DIR`, `hub/id`, `hub/id@revision`) to a directory on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import CoterieError
+
+# What a build reads of a repository: weights, configuration, tokenizer or processor; never code or pickles.
+PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
+
+
+@dataclass(frozen=True)
+class Location:
+    """A source's directory, and the id and revision that it came by."""
+
+    path: Path
+    id: str
+    revision: str | None = None
+
+    def json(self, name: str) -> dict[str, Any] | None:
+        """The JSON file `name` of this directory as a dict, or None where there is none."""
+        file = self.path / name
+        if not file.is_file():
+            return None
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise CoterieError(f"is not valid JSON ({error})", str(file), "restore the file") from None
+        if not isinstance(content, dict):
+            raise CoterieError("is not a JSON object", str(file), "restore the file")
+        return content
+
+    @property
+    def is_adapter(self) -> bool:
+        return (self.path / "adapter_config.json").is_file()
+
+
+def locate(source: str, token: str | None = None) -> Location:
+    """Find a source on disk, or bring it from the Hub.
+
+    Args:
+        source: a directory, or a Hub id, optionally with `@revision`.
+        token: Hub token; by default the one that `hf auth login` stored.
+
+    Raises:
+        CoterieError: neither a directory nor a repository that can be had.
+    """
+    path = Path(source).expanduser()
+    try:
+        if path.is_dir():
+            return Location(path, source)
+        if path.exists():
+            raise CoterieError("is a file, not a model directory", source, "give the directory that holds config.json")
+    except (OSError, ValueError) as error:
+        if isinstance(error, CoterieError):
+            raise
+        raise CoterieError(f"is not a usable path ({error})", repr(source), "check the path") from None
+    repo, _, revision = source.partition("@")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo) or source.startswith((".", os.sep, "~")):
+        raise CoterieError("no such directory, and not a Hub id", source, "check the path, or write ORG/NAME@REVISION")
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(repo, revision=revision or None, token=token, allow_patterns=PATTERNS)
+    except Exception as error:  # the Hub client raises many kinds: offline, missing, gated, wrong revision
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CoterieError(
+            f"no such directory, and the Hub has no copy to be had ({reason})",
+            source,
+            "check path, id, revision, token",
+        ) from None
+    return Location(Path(folder), repo, Path(folder).name)
