@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -75,7 +76,6 @@ def build(
     as_json: Json = False,
 ) -> None:
     """Build a mixture: `coterie build RECIPE -o DIR`, or `coterie build --base B --expert NAME=SOURCE ... -o DIR`."""
-    from . import building  # noqa: F401
     from .building.build import build as run
     from .building.build import plan
     from .recipe import nearest, read_recipe
@@ -160,7 +160,7 @@ def extract_expert(
 
 @app.command()
 def convert(
-    directory: Annotated[Path, typer.Argument(help="A local directory with pickled weights (*.bin).")],
+    directory: Annotated[str, typer.Argument(help="A directory or Hub id with pickled weights (*.bin).")],
     out: Out,
     force: Force = False,
 ) -> None:
@@ -181,8 +181,6 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Run the main job on real material: eight experts of a sentence encoder, one mixture, one table."""
-    import os
-
     from .evaluation.demo import run
 
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "coterie"
@@ -239,6 +237,7 @@ def _show(result: Any, as_json: bool) -> None:
 
 def main() -> None:
     """Entry point: bad input is one sentence on stderr and exit code 2."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         app()
     except CoterieError as error:

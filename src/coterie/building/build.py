@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def build(
         raise CoterieError("no output directory given", "build", "give out=DIR")
     given = read_recipe(keys if recipe is None else recipe)
     out = Path(out)
-    if out.exists() and not force:
+    if os.path.lexists(out) and not force:
         raise CoterieError("exists already", str(out), "choose another directory, or give --force to replace it")
     started = time.monotonic()
     ready = prepare(given, token)
@@ -86,7 +87,7 @@ def build(
     dtype = getattr(torch, given.dtype) if given.dtype else None
     spec = MixtureSpec(ready.method.name, ready.parameters, given.names)
     with PeakMemory() as memory, whole_directory(out, force, 0 if light else expected.bytes_written_low) as folder:
-        writer = ShardWriter(folder, max_shard_bytes)
+        writer = ShardWriter(folder, max_shard_bytes, expected.tensor_names(len(given.experts)))
         stream = Stream(inputs, writer, dtype, light, report)
         with _progress(console) as progress:
             task = progress.add_task("layers", total=len(sites.layers) + len(sites.others) + len(sites.heads))

@@ -9,6 +9,7 @@ import torch
 
 from ..errors import CoterieError
 from ..sources.checkpoint import DTYPES
+from ..sources.locate import PATTERNS, locate
 from .writer import ShardWriter, whole_directory
 
 
@@ -20,7 +21,7 @@ def convert(source: str | Path, out: str | Path, force: bool = False) -> int:
     storage whole is written once.
 
     Args:
-        source: a local model or adapter directory.
+        source: a model or adapter directory, or a Hub id.
         out: the directory to make.
         force: replace an existing directory.
 
@@ -30,9 +31,7 @@ def convert(source: str | Path, out: str | Path, force: bool = False) -> int:
     Raises:
         CoterieError: no pickled weights, or one that holds more than tensors.
     """
-    folder = Path(source)
-    if not folder.is_dir():
-        raise CoterieError("no such directory", str(source), "give a local model directory")
+    folder = locate(str(source), patterns=["*.bin", *PATTERNS]).path
     stem = "adapter_model" if (folder / "adapter_config.json").is_file() else "model"
     pattern = "adapter_model*.bin" if stem == "adapter_model" else "pytorch_model*.bin"
     pickles = sorted(folder.glob(pattern))
@@ -40,7 +39,7 @@ def convert(source: str | Path, out: str | Path, force: bool = False) -> int:
         raise CoterieError(f"holds no {pattern}", str(folder), "only such directories need conversion")
     written: set[str] = set()
     with whole_directory(Path(out), force) as staging:
-        writer = ShardWriter(staging, 5_000_000_000)
+        writer = ShardWriter(staging, 5_000_000_000, (name for file in pickles for name in _read(file)))
         for file in pickles:
             storages: dict[tuple[int, int], str] = {}
             for name, tensor in _read(file).items():

@@ -12,7 +12,7 @@ from torch import nn
 from ..errors import CoterieError
 from ..mixture.handle import unguard
 from ..mixture.heads import PerExpert
-from ..mixture.layer import MixtureConv1D, is_mixture
+from ..mixture.layer import MIXTURE_OF, MixtureConv1D, is_mixture
 from .finish import copy_inputs
 from .writer import whole_directory
 
@@ -57,9 +57,10 @@ def extract_expert(source: str | Path, name: str, out: str | Path, force: bool =
 
 def _dense(layer: Any, expert: int) -> nn.Module:
     """The layer that the expert alone would have, of the type that the mixture layer replaced."""
-    dense = type(layer).__mro__[2].__new__(type(layer).__mro__[2])
+    kind = next(dense for dense, mixture in MIXTURE_OF.items() if mixture is type(layer))
+    dense: Any = kind.__new__(kind)
     dense.__dict__.update(layer.__dict__)
-    dense.__dict__["_parameters"] = dict(layer._parameters)
+    dense.__dict__["_parameters"] = {"weight": layer.base_weight, "bias": layer.bias}
     dense.__dict__["_modules"] = {}
     shape, bank = layer.bank.shape, layer.bank
     if expert not in shape.experts:

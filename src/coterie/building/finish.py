@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..mixture.handle import guard
+from ..mixture.handle import guard, nested_configs
 from ..mixture.spec import MixtureSpec
 from .inputs import Inputs
 from .report import BuildReport
@@ -75,7 +75,8 @@ def write_metadata(
         spec.base = {"id": base.id, "revision": base.revision, "fingerprint": print_of_base}
     config = inputs.config
     stored = next(i.dtype for i in inputs.base.checkpoint.tensors.values() if i.dtype.is_floating_point)
-    config.dtype = str(dtype or stored).removeprefix("torch.")
+    for each in (config, *nested_configs(config)):
+        each.dtype = str(dtype or stored).removeprefix("torch.")
     guard(config, spec)
     config.save_pretrained(folder)
     provenance = {

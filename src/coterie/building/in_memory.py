@@ -11,6 +11,7 @@ from torch import nn
 from ..errors import CoterieError
 from ..methods.registry import get
 from ..mixture.handle import attach
+from ..mixture.layer import is_mixture
 from ..mixture.probe import called_linears
 from ..mixture.sites import choose_sites
 from ..mixture.spec import MixtureSpec, insert
@@ -47,12 +48,15 @@ def build_in_memory(
     policies = [others] if isinstance(others, str) else list(others.values())
     if any(p not in ("base", "average") for p in policies):
         raise CoterieError(f"others is {others!r}", method, 'in memory it must be "base" or "average"')
+    for name, module in {"base": base, **experts}.items():
+        if any(is_mixture(part) for part in module.modules()):
+            raise CoterieError("is a mixture already", name, "use dense models")
     view = ModuleView(base)
     sources: list[ExpertSource] = []
     for name, module in experts.items():
         config = getattr(module, "config", None)
-        labels = {key: getattr(config, key, None) for key in LABELS} if hasattr(config, "id2label") else {}
-        sources.append(FullExpert(name, ModuleView(module), (weights or {}).get(name, 1.0), labels))
+        own = {key: getattr(config, key, None) for key in LABELS} if hasattr(config, "id2label") else {}
+        sources.append(FullExpert(name, ModuleView(module), (weights or {}).get(name, 1.0), own))
         for key, tensor in module.state_dict().items():
             if key not in view:
                 raise CoterieError(

@@ -79,9 +79,10 @@ def open_inputs(recipe: Recipe, token: str | None = None) -> Inputs:
             f"config.json does not make a {architecture.__name__} ({error})", str(where.path), "restore the file"
         ) from None
     base = View(Checkpoint.open(where), skeleton)
+    base.untie()
     _check_foreign(base, skeleton, f"base {recipe.base}")
     notes: list[str] = []
-    experts = []
+    experts: list[ExpertSource] = []
     for name, place in places.items():
         weight = recipe.experts[name].weight
         expert: ExpertSource
@@ -141,9 +142,9 @@ def _architecture(recipe: Recipe, base_config: Any, base: Location, places: dict
                 if type(base_config) in mapping:
                     claimed[name] = mapping[type(base_config)].__name__
         else:
-            names = (place.json("config.json") or {}).get("architectures")
-            if isinstance(names, list) and names and isinstance(names[0], str):
-                claimed[name] = names[0]
+            stated = (place.json("config.json") or {}).get("architectures")
+            if isinstance(stated, list) and stated and isinstance(stated[0], str):
+                claimed[name] = stated[0]
     classes = sorted(set(claimed.values()))
     if len(classes) > 1:
         raise CoterieError(

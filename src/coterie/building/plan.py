@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -57,6 +58,14 @@ class Plan:
     bytes_written_low: int
     memory: int
     warnings: list[str]
+
+    def tensor_names(self, experts: int) -> Iterator[str]:
+        """The names that a build writes, at most."""
+        for layer in self.layers:
+            leaves = ("base_weight", "bias", "bank.down", "bank.up", "bank.gate", "bank.bias")
+            yield from (f"{layer.path}.{leaf}" for leaf in leaves)
+        yield from self.others
+        yield from (f"{path}.{i}.{leaf}" for path in self.heads for i in range(experts) for leaf in "123456789")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""

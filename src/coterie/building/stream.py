@@ -57,7 +57,8 @@ class Stream:
     def layer(self, path: str, fitted: FittedLayer | None, spec: MixtureSpec) -> None:
         base = self.inputs.base
         weight = base.get(f"{path}.weight")
-        self._write({f"{path}.weight": self._cast(weight, weight)}, is_base=True)
+        name = f"{path}.weight" if fitted is None else f"{path}.base_weight"
+        self._write({name: self._cast(weight, weight)}, is_base=True)
         bias_name = f"{path}.bias"
         bias = base.get(bias_name) if bias_name in base else None
         if fitted is None:

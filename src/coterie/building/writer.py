@@ -12,7 +12,7 @@ import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,7 +23,7 @@ from ..errors import CoterieError
 from ..sources.checkpoint import DTYPES
 
 _CODE = {dtype: code for code, dtype in DTYPES.items()}
-_ROOM = 256  # bytes of header per tensor, beyond its name
+_ENTRY = 120  # bytes that a tensor takes in the header, beyond its name, at most
 
 
 class ShardWriter:
@@ -32,12 +32,12 @@ class ShardWriter:
     Args:
         folder: where the shards go.
         max_bytes: size at which the next shard begins.
-        names: an upper bound of how many tensors one shard gets, and of their names' total length, for the header.
+        names: names to expect, for the room that the header gets; more tensors than that start another shard.
     """
 
-    def __init__(self, folder: Path, max_bytes: int, names: int = 4096):
+    def __init__(self, folder: Path, max_bytes: int, names: Iterable[str]):
         self.folder, self.max_bytes = folder, max_bytes
-        self._room = 8 * ((names * (_ROOM + 64)) // 8)
+        self._room = 8 * (64 + sum(len(name.encode()) + _ENTRY for name in names) // 8)
         self._file: BinaryIO | None = None
         self._header: dict[str, Any] = {}
         self._offset = 0
@@ -50,7 +50,7 @@ class ShardWriter:
             raise CoterieError(f"tensor {name!r} would be written twice", str(self.folder), "report this")
         raw = tensor.detach().cpu().contiguous()
         size = raw.numel() * raw.element_size()
-        used = sum(len(n) + _ROOM for n in self._header) + len(name) + _ROOM
+        used = 64 + sum(len(n.encode()) + _ENTRY for n in (*self._header, name))
         if self._file is not None and (self._offset + size > self.max_bytes or used > self._room):
             self._close()
         if self._file is None:
@@ -62,7 +62,7 @@ class ShardWriter:
         span = [self._offset, self._offset + size]
         self._header[name] = {"dtype": _CODE[raw.dtype], "shape": list(raw.shape), "data_offsets": span}
         if size:
-            self._file.write(memoryview(raw.flatten().view(torch.uint8).numpy()))
+            self._file.write(raw.flatten().view(torch.uint8).numpy().data)
         self._offset += size
         self.total_bytes += size
         self._shards[-1][1].append(name)
@@ -84,7 +84,7 @@ class ShardWriter:
         if len(self._shards) == 1:
             self._shards[0][0].rename(self.folder / f"{stem}.safetensors")
             return
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for i, (path, names) in enumerate(self._shards, 1):
             final = f"{stem}-{i:05d}-of-{len(self._shards):05d}.safetensors"
             path.rename(self.folder / final)
@@ -108,7 +108,7 @@ def whole_directory(out: Path, force: bool = False, needed: int = 0) -> Iterator
         CoterieError: `out` exists, or the device has or runs out of space.
     """
     out = out.absolute()
-    if out.exists() and not force:
+    if os.path.lexists(out) and not force:
         raise CoterieError("exists already", str(out), "choose another directory, or give --force to replace it")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -127,7 +127,7 @@ def whole_directory(out: Path, force: bool = False, needed: int = 0) -> Iterator
     try:
         yield staging
         staging.chmod(0o755)
-        if out.exists():
+        if os.path.lexists(out):
             old = staging.with_name(staging.name + "-old")
             out.rename(old)
             staging.rename(out)

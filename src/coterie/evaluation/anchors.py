@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
-from coterie.evaluation.suite import Split, Task
+from .suite import Split, Task
 
 SCALE = 20.0
 MAX_TOKENS = 32
@@ -72,10 +72,12 @@ class Reader:
     @torch.inference_mode()
     def embeddings(self, model: nn.Module, texts: Sequence[str]) -> np.ndarray:
         """(N, D) float32 unit-length embeddings of the texts."""
-        out = np.empty((len(texts), model.config.hidden_size), dtype=np.float32)
+        order: list[int] = []
+        parts: list[np.ndarray] = []
         for rows, batch in self.batches(texts):
-            out[rows] = embed(model, batch).float().cpu().numpy()
-        return out
+            order.extend(rows.tolist())
+            parts.append(embed(model, batch).float().cpu().numpy())
+        return np.concatenate(parts)[np.argsort(order)]
 
     def correct(self, model: nn.Module, task: Task, split: Split) -> np.ndarray:
         """(N,) bool: whether the model's nearest anchor is the row's class."""

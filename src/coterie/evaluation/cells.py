@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from coterie.evaluation.suite import digest
+from .suite import digest
 
 
 class Cells:

@@ -6,21 +6,26 @@ adapters that the package carries.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import AutoModel
+from transformers.utils import logging
 
-from coterie.evaluation.anchors import Reader
-from coterie.evaluation.ladder import linear_deltas, linear_layers, load
-from coterie.evaluation.suite import Task
-from coterie.evaluation.train import LORA_TARGETS, RECORD
-from coterie.experts.factorise import thin_svd
-from coterie.merging.linear import delta
+from ..experts.factorise import thin_svd
+from ..merging.linear import delta
+from .anchors import Reader
+from .experts import COMMITTED, FULL, jobs
+from .ladder import linear_deltas, linear_layers, load
+from .suite import Task, weights_sha256
+from .text8 import base_dir
+from .text8 import load as load_tasks
+from .train import LORA_TARGETS, RECORD, train_shown
 
 BASE_NAME = "sentence-transformers/all-MiniLM-L6-v2"
 PROVENANCE = "provenance.json"
@@ -34,7 +39,7 @@ def expert_state(reader: Reader, directory: Path) -> dict[str, Tensor]:
 
         model: Any = PeftModel.from_pretrained(reader.base_model(), directory).merge_and_unload()
     else:
-        model = type(reader.model).from_pretrained(directory, dtype=torch.float32)
+        model = AutoModel.from_pretrained(directory, dtype=torch.float32)
     return {name: tensor.detach().to(reader.device) for name, tensor in model.state_dict().items()}
 
 
@@ -88,7 +93,7 @@ def extract_adapter(
         "rank": rank,
         "test_rows": len(test),
         "accuracy": accuracy,
-        "sha256": hashlib.sha256((out / WEIGHTS).read_bytes()).hexdigest(),
+        "sha256": weights_sha256(out),
         "residual": residuals,
         "relative_delta": {
             "linear weights": _relative(change, base, lambda name: name in carried),
@@ -112,3 +117,26 @@ def _relative(change: dict[str, Tensor], base: dict[str, Tensor], among: Any) ->
         for source in (change, base)
     ]
     return round(norms[0] / norms[1], 4)
+
+
+def main(cache: Path, out: Path = COMMITTED, device: str = "cpu") -> None:
+    """Train the full fine-tunes of text8 that the cache lacks and write their rank-16 adapters.
+
+    Args:
+        cache: directory of the full fine-tunes.
+        out: directory of the adapters, one directory for each task.
+        device: torch device.
+    """
+    logging.disable_progress_bar()
+    reader, tasks, console = Reader(base_dir(), device), load_tasks(), Console()
+    trainings = jobs(tasks, FULL, weights_sha256(reader.base))
+    for task, expert in zip(tasks, train_shown(trainings, cache, device, console), strict=True):
+        provenance = extract_adapter(reader, task, expert, out / task.name)
+        accuracy = ", ".join(f"{name} {100 * value:.1f}" for name, value in provenance["accuracy"].items())
+        console.print(f"{task.name}: {accuracy}")
+
+
+if __name__ == "__main__":
+    import typer
+
+    typer.run(main)

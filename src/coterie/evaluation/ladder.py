@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from coterie.experts.factorise import thin_svd
-from coterie.merging.linear import State
+from ..experts.factorise import thin_svd
+from ..merging.linear import State
 
 
 def linear_layers(model: nn.Module) -> list[str]:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
@@ -96,7 +97,8 @@ class TaskSource:
         ordered = sorted(rows, key=lambda row: digest(self.name, "order", row[0]))
         counts = np.bincount([target for _, target in ordered], minlength=len(self.labels))
         quota = next((q for q in range(1, len(ordered) + 1) if np.minimum(counts, q).sum() >= size), len(ordered))
-        taken, kept = np.zeros_like(counts), []
+        taken = np.zeros_like(counts)
+        kept: list[tuple[str, int]] = []
         for text, target in ordered:
             if taken[target] < quota and len(kept) < size:
                 taken[target] += 1
@@ -108,3 +110,11 @@ class TaskSource:
 def digest(*parts: object) -> str:
     """sha256 (hex) of the parts as canonical JSON."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def weights_sha256(directory: Path) -> str:
+    """sha256 (hex) of the weights in a model's or adapter's directory: its safetensors files, one after the other."""
+    total = hashlib.sha256()
+    for path in sorted(directory.glob("*.safetensors")):
+        total.update(path.read_bytes())
+    return total.hexdigest()

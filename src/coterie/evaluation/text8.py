@@ -19,8 +19,8 @@ import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
-from coterie.errors import CoterieError
-from coterie.evaluation.suite import Row, Task, TaskSource, digest
+from ..errors import CoterieError
+from .suite import Row, Task, TaskSource, digest
 
 
 def package_dir(package: str) -> Path:
@@ -106,7 +106,7 @@ def numbers() -> Iterator[Row]:
     spell = inflect.engine().number_to_words
     for i in range(12000):
         number = i * i * 48271 % 999983
-        yield str(spell(number)), str(number % 4), str(number)
+        yield str(spell(str(number))), str(number % 4), str(number)
 
 
 def words() -> Iterator[Row]:

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from queue import Empty
@@ -21,10 +22,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
-from coterie.evaluation.anchors import MAX_TOKENS, SCALE, Reader, embed
-from coterie.evaluation.suite import Split, Task, digest
+from .anchors import MAX_TOKENS, SCALE, Reader, embed
+from .suite import Split, Task, digest
 
 LORA_TARGETS = ["query", "key", "value", "intermediate.dense", "output.dense"]
 RECORD = "training.json"
@@ -91,7 +94,7 @@ def train_all(
     say = report or (lambda index, step, loss: None)
     if workers <= 1:
         for i in unique:
-            train(jobs[i], cache, device, lambda step, loss, i=i: say(i, step, loss))  # type: ignore[misc]
+            train(jobs[i], cache, device, partial(say, i))
     else:
         context = get_context("spawn")
         with context.Manager() as manager, ProcessPoolExecutor(workers, mp_context=context) as pool:
@@ -109,6 +112,23 @@ def train_all(
     return [job.directory(cache) for job in jobs]
 
 
+def train_shown(trainings: list[Job], cache: Path, device: str, console: Console) -> list[Path]:
+    """`train_all` with a progress bar."""
+    total = {job.key: job.recipe.steps for job in trainings if not (job.directory(cache) / RECORD).exists()}
+    done = dict.fromkeys(total, 0)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task(f"training {len(total)} experts", total=sum(total.values()), visible=bool(total))
+
+        def report(index: int, step: int, loss: float) -> None:
+            job = trainings[index]
+            done[job.key] = step
+            text = f"training {len(total)} experts: {job.task.name}, {job.recipe.kind}, loss {loss:.3f}"
+            progress.update(bar, completed=sum(done.values()), description=text)
+
+        return train_all(trainings, cache, device, report=report)
+
+
 def _train_in_worker(index: int, job: Job, cache: Path, device: str, queue: Any) -> None:
     torch.set_num_threads(1)
     train(job, cache, device, lambda step, loss: queue.put((index, step, loss)))
@@ -124,6 +144,7 @@ def train(job: Job, cache: Path, device: str = "cpu", report: Callable[[int, flo
         report: called every 20 steps with the number of finished steps and the mean loss since the last call.
     """
     torch.manual_seed(job.recipe.seed)
+    torch.set_flush_denormal(True)  # second moments underflow once the loss is near zero, and slow the CPU down
     reader = Reader(job.base, device)
     model = _trainable(reader, job.recipe)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -153,7 +174,7 @@ def train(job: Job, cache: Path, device: str = "cpu", report: Callable[[int, flo
     return _write(model, record, job.directory(cache))
 
 
-def _trainable(reader: Reader, recipe: Recipe) -> nn.Module:
+def _trainable(reader: Reader, recipe: Recipe) -> Any:
     """The base with gradients where the recipe trains. It stays in eval mode: experts are trained without dropout."""
     model = reader.base_model().requires_grad_(False)
     if recipe.kind == "lora":
@@ -162,7 +183,7 @@ def _trainable(reader: Reader, recipe: Recipe) -> nn.Module:
         config = LoraConfig(
             r=recipe.rank, lora_alpha=recipe.rank, target_modules=LORA_TARGETS, task_type=TaskType.FEATURE_EXTRACTION
         )
-        return get_peft_model(model, config).eval()  # type: ignore[arg-type]
+        return get_peft_model(model, config).eval()
     model.get_submodule("encoder").requires_grad_(True)
     return model
 
@@ -188,13 +209,13 @@ def _rows(reader: Reader, split: Split, recipe: Recipe) -> Iterator[tuple[list[l
             yield [ids[row] for row in batches[index]], split.targets[batches[index]]
 
 
-def _write(model: nn.Module, record: dict[str, Any], directory: Path) -> Path:
+def _write(model: Any, record: dict[str, Any], directory: Path) -> Path:
     directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=directory.parent))
+    unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=directory.parent))
     try:
-        model.save_pretrained(partial)  # type: ignore[operator]
-        (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n")
-        os.replace(partial, directory)
+        model.save_pretrained(unfinished)
+        (unfinished / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+        os.replace(unfinished, directory)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
     return directory

@@ -69,6 +69,12 @@ class Bank(nn.Module):
         bias: (n, d_out), the experts' bias deltas, only where they have any.
     """
 
+    down: nn.Parameter
+    up: nn.Parameter
+    dense: nn.Parameter
+    gate: nn.Parameter
+    bias: nn.Parameter
+
     def __init__(self, shape: BankShape, d_in: int, d_out: int, dtype: torch.dtype | None = None, device: Any = None):
         super().__init__()
         self.shape = shape
@@ -85,7 +91,8 @@ class Bank(nn.Module):
         """The weighted sum of the experts' outputs, (..., d_out), from x (..., d_in) and gates (..., n)."""
         gates = gates.to(x.dtype)
         if z is None:
-            y = sum(gates[..., i : i + 1] * F.linear(x, self.dense[i]) for i in range(len(self.shape.experts)))
+            parts = [gates[..., i : i + 1] * F.linear(x, self.dense[i]) for i in range(len(self.shape.experts))]
+            y = torch.stack(parts).sum(0)
         else:
             y = F.linear(self._spread(gates) * z, self.up.T)
         return y + F.linear(gates, self.bias.T) if self.shape.bias else y

@@ -73,7 +73,8 @@ def thin_svd(delta: torch.Tensor, rank: int | None = None) -> Factors:
             near = vectors[:, -rank:].flip(1)
             far = (delta.T if wide else delta) @ near / s
             return Factors(near, s, far.T, norm, rank) if wide else Factors(far, s, near.T, norm, rank)
-    return _truncate(*torch.linalg.svd(delta, full_matrices=False), norm, rank)
+    u, s, vt = torch.linalg.svd(delta, full_matrices=False)
+    return _truncate(u, s, vt, norm, rank)
 
 
 def low_rank_svd(up: torch.Tensor, down: torch.Tensor, rank: int | None = None) -> Factors:

@@ -35,7 +35,10 @@ class Handle:
 
     Attributes:
         spec: its structure.
+        report: the account of the build, of a mixture that was built in memory.
     """
+
+    report: Any = None
 
     def __init__(self, model: nn.Module, spec: MixtureSpec):
         self._model, self.spec = model, spec
@@ -87,14 +90,19 @@ class Handle:
         config.problem_type = labels["problem_type"]
         for module in self._model.modules():
             if "num_labels" in module.__dict__:
-                module.num_labels = len(config.id2label)
+                setattr(module, "num_labels", len(config.id2label))  # noqa: B010 (Module declares no such attribute)
+
+
+def nested_configs(config: Any) -> list[Any]:
+    """The configurations inside a configuration (CLIP's of text and vision)."""
+    found = [getattr(config, key, None) for key in getattr(config, "sub_configs", {})]
+    return [each for each in found if each is not None]
 
 
 def unguard(config: Any) -> None:
     """Take out of a configuration what `guard` put in."""
-    nested = [getattr(config, key, None) for key in getattr(config, "sub_configs", {})]
-    for each in [config, *nested]:
-        for key in GUARDS if each is not None else ():
+    for each in (config, *nested_configs(config)):
+        for key in GUARDS:
             each.__dict__.pop(key, None)
     config.__dict__.pop("quantization_config", None)
 
@@ -104,9 +112,8 @@ def guard(config: Any, spec: MixtureSpec) -> None:
     from .hub import CoterieConfig
 
     config.quantization_config = CoterieConfig(**spec.to_dict())
-    nested = [getattr(config, key, None) for key in getattr(config, "sub_configs", {})]
-    for each in [config, *nested]:
-        for key in GUARDS if each is not None else ():
+    for each in (config, *nested_configs(config)):
+        for key in GUARDS:
             setattr(each, key, GUARD)
 
 

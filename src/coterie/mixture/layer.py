@@ -13,10 +13,19 @@ from ..routing.energy import SubspaceEnergy
 
 
 class _Mixture(nn.Module):
-    """What both kinds of mixture layer share: `y = base(x) + bank(x)`, experts chosen per token."""
+    """What both kinds of mixture layer share: `y = base(x) + bank(x)`, experts chosen per token.
+
+    The base weight is the parameter `base_weight`, and answers as `weight` too. Under its old name the architecture
+    without its experts would load it, whatever configuration it is given, and be the base model.
+    """
 
     bank: Bank
     router: SubspaceEnergy
+    base_weight: nn.Parameter
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return self.base_weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         base = super().forward(x)
@@ -25,11 +34,11 @@ class _Mixture(nn.Module):
         return base + self.bank(x, z, self.router(scored)).to(base.dtype)
 
 
-class MixtureLinear(_Mixture, nn.Linear):
+class MixtureLinear(_Mixture, nn.Linear):  # type: ignore[misc]
     """An `nn.Linear` with experts; weight (d_out, d_in) and bias are the base model's."""
 
 
-class MixtureConv1D(_Mixture, Conv1D):
+class MixtureConv1D(_Mixture, Conv1D):  # type: ignore[override]
     """A GPT-2 `Conv1D` with experts; weight (d_in, d_out) and bias are the base model's."""
 
 
@@ -40,13 +49,13 @@ def is_mixture(module: nn.Module) -> bool:
     return isinstance(module, _Mixture)
 
 
-def widths(layer: nn.Module) -> tuple[int, int]:
+def widths(layer: Any) -> tuple[int, int]:
     """(d_in, d_out) of a linear layer."""
     d_in, d_out = layer.weight.shape if isinstance(layer, Conv1D) else layer.weight.shape[::-1]
     return int(d_in), int(d_out)
 
 
-def add_experts(layer: nn.Module, shape: BankShape, top_k: int, tensors: dict[str, torch.Tensor] | None = None) -> Any:
+def add_experts(layer: Any, shape: BankShape, top_k: int, tensors: dict[str, torch.Tensor] | None = None) -> Any:
     """A mixture layer that shares the parameters of `layer`, which itself stays as it is.
 
     Args:
@@ -59,6 +68,7 @@ def add_experts(layer: nn.Module, shape: BankShape, top_k: int, tensors: dict[st
     mixture.__dict__.update(layer.__dict__)
     for kind in ("_parameters", "_buffers", "_modules"):
         mixture.__dict__[kind] = dict(layer.__dict__[kind])
+    mixture._parameters = {"base_weight": mixture._parameters.pop("weight"), **mixture._parameters}
     bank = Bank(shape, *widths(layer), dtype=layer.weight.dtype, device=layer.weight.device)
     for name, tensor in (tensors or {}).items():
         getattr(bank, name).data = tensor.to(layer.weight)

@@ -10,7 +10,6 @@ from ..errors import CoterieError
 from ..sources.checkpoint import Checkpoint
 from ..sources.locate import Location, locate
 from ..sources.names import Skeleton, View
-from .hub import CoterieConfig
 
 
 def read_light(
@@ -47,8 +46,12 @@ def read_light(
     tensors = {name: own.read(name) for name in own.tensors}
     replaced = {skeleton.in_memory(name)[0] for name in tensors}
     for name in skeleton.tensors:
-        if name in view and name not in replaced:
-            tensors |= {disk: view.checkpoint.read(disk) for disk in view.names_on_disk(name)}
-    spec.pop("quant_method")
-    config.quantization_config = CoterieConfig(**{**spec, "base": None})
+        kept_per_expert = any(name.startswith(f"{path}.") for path in spec["heads"])
+        if name in view and name not in replaced and not kept_per_expert:
+            path, _, leaf = name.rpartition(".")
+            if leaf == "weight" and path in spec["layers"]:
+                tensors |= skeleton.on_disk({f"{path}.base_weight": view.get(name)})
+            else:
+                tensors |= {disk: view.checkpoint.read(disk) for disk in view.names_on_disk(name)}
+    config.quantization_config = {**spec, "base": None}
     return config, tensors

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .layer import MIXTURE_OF
 
@@ -37,6 +39,15 @@ def probe_inputs(model: Any) -> dict[str, torch.Tensor]:
     return inputs
 
 
+class _Answers(TorchDispatchMode):
+    """Lets checks of the data pass on the meta device: a truth value is true, a number zero."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return args[0].dtype == torch.bool
+        return func(*args, **(kwargs or {}))
+
+
 def called_linears(model: Any) -> tuple[set[str], str | None]:
     """Run a forward pass of a meta-device model and see which linear layers it calls.
 
@@ -47,14 +58,15 @@ def called_linears(model: Any) -> tuple[set[str], str | None]:
         (paths of the linear layers that were called, None), or (those called so far, why the probe broke off).
     """
     called: set[str] = set()
+    model = copy.deepcopy(model).to(torch.bfloat16)  # on the meta device, grouped matrix products know no float32
     hooks = [
-        module.register_forward_pre_hook(lambda _m, _a, path=path: called.add(path))  # type: ignore[misc]
+        module.register_forward_pre_hook(lambda _m, _a, path=path: called.add(path))
         for path, module in model.named_modules()
         if type(module) in MIXTURE_OF
     ]
     try:
-        with torch.no_grad():
-            model(**probe_inputs(model))
+        with torch.no_grad(), _Answers():
+            model(**{k: v.bfloat16() if v.is_floating_point() else v for k, v in probe_inputs(model).items()})
     except Exception as error:  # any architecture may refuse to run without data; the caller reports it
         return called, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     finally:

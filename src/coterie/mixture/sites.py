@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,7 +37,7 @@ def choose_sites(
     model: nn.Module,
     missing: set[str],
     modules: Modules,
-    others: str | dict[str, str],
+    others: str | Mapping[str, str],
     called: set[str] | None,
 ) -> Sites:
     """Sort a model's tensors.
@@ -51,9 +53,14 @@ def choose_sites(
         CoterieError: the base lacks a tensor that belongs to no module, or no layer is left.
     """
     sites = Sites()
-    tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", {}))
+    state = model.state_dict(keep_vars=True)
+    tied = {
+        name: owner
+        for name, owner in getattr(model, "all_tied_weights_keys", {}).items()
+        if state[name] is state[owner] or state[name].is_meta
+    }
     tied_names = set(tied) | set(tied.values())
-    tensors = {name: t for name, t in model.state_dict().items() if name not in tied}
+    tensors = {name: t for name, t in state.items() if name not in tied}
     sites.heads = _heads(model, missing, tied_names, tensors)
     outside = _outside_base(model)
     output = _output_paths(model)
@@ -97,7 +104,7 @@ def choose_sites(
     return sites
 
 
-def _policy(name: str, others: str | dict[str, str]) -> str:
+def _policy(name: str, others: str | Mapping[str, str]) -> str:
     if isinstance(others, str):
         return others
     return next((policy for glob, policy in others.items() if fnmatchcase(name, glob)), "base")
@@ -116,7 +123,8 @@ def _outside_base(model: nn.Module) -> list[str]:
 
 
 def _output_paths(model: nn.Module) -> set[str]:
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    get: Any = getattr(model, "get_output_embeddings", None)
+    output = get() if get else None
     return {path for path, module in model.named_modules() if module is output} if output is not None else set()
 
 

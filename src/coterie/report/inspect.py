@@ -80,8 +80,8 @@ class Inspection:
         for column in ("layer", "ranks", "gate rank", "parameters"):
             layers.add_column(column, overflow="fold")
         for path, layer in self.layers.items():
-            ranks = ", ".join("-" if r is None else str(r) for r in layer["ranks"])
-            layers.add_row(path, ranks, str(layer["gate_rank"]), f"{layer['parameters']:,}")
+            shown = ", ".join("-" if r is None else str(r) for r in layer["ranks"])
+            layers.add_row(path, shown, str(layer["gate_rank"]), f"{layer['parameters']:,}")
         return Group(head, experts, layers)
 
 

@@ -78,7 +78,10 @@ class Checkpoint:
                     str(folder),
                     f"run `coterie convert {folder} -o NEW_DIR` and use NEW_DIR",
                 )
-            raise CoterieError(f"has no {stem}.safetensors", str(folder), "check that this is a model directory")
+            mend = "check that this is a model directory"
+            if location.revision:
+                mend = f"if its repository holds only pickles (*.bin), run `coterie convert {location.id} -o DIR`"
+            raise CoterieError(f"has no {stem}.safetensors", str(folder), mend)
         if single.is_file():
             return cls(location, dict(_headers(single)))
         weight_map = index.get("weight_map") if index else None
@@ -136,7 +139,7 @@ def _headers(file: Path) -> Iterator[tuple[str, TensorInfo]]:
 def digest(tensor: torch.Tensor) -> str:
     """sha256 of a tensor's bytes, in row-major order."""
     raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-    return hashlib.sha256(memoryview(raw)).hexdigest()
+    return hashlib.sha256(raw.data).hexdigest()
 
 
 def require_finite(tensor: torch.Tensor, name: str, where: str) -> None:

@@ -41,12 +41,13 @@ class Location:
         return (self.path / "adapter_config.json").is_file()
 
 
-def locate(source: str, token: str | None = None) -> Location:
+def locate(source: str, token: str | None = None, patterns: list[str] = PATTERNS) -> Location:
     """Find a source on disk, or bring it from the Hub.
 
     Args:
         source: a directory, or a Hub id, optionally with `@revision`.
         token: Hub token; by default the one that `hf auth login` stored.
+        patterns: which files to bring from the Hub.
 
     Raises:
         CoterieError: neither a directory nor a repository that can be had.
@@ -67,7 +68,7 @@ def locate(source: str, token: str | None = None) -> Location:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = snapshot_download(repo, revision=revision or None, token=token, allow_patterns=PATTERNS)
+        folder = snapshot_download(repo, revision=revision or None, token=token, allow_patterns=patterns)
     except Exception as error:  # the Hub client raises many kinds: offline, missing, gated, wrong revision
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CoterieError(

