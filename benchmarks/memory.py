@@ -6,7 +6,7 @@ together with its file-backed pages (RssFile; the mapped sources). From the peak
 with the same modules imported and nothing done.
 
     python benchmarks/memory.py                      # writes benchmarks/results/memory.json
-    python benchmarks/memory.py --widths 256 512 --depths 2 8
+    python benchmarks/memory.py --widths 256 --depths 2 8
 
 Exit code 1 where the two depths of a width are further apart than 10%.
 """
@@ -183,7 +183,7 @@ def run(width: int, depth: int, rank: int, folder: Path) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--widths", type=int, nargs="+", default=[512, 1024], help="hidden sizes (multiples of 64)")
+    parser.add_argument("--widths", type=int, nargs="+", default=[384, 768], help="hidden sizes (multiples of 64)")
     parser.add_argument("--depths", type=int, nargs=2, default=[4, 16], help="numbers of layers")
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--out", type=Path, default=RESULT)

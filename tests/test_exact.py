@@ -6,7 +6,19 @@ import pytest
 import torch
 
 from matching import build, relative_error, smile
-from zoo import ALL, WITH_ADAPTERS, base_model, fine_tune, inputs, load_dense, make_adapter, merged, outputs, save
+from zoo import (
+    ALL,
+    WITH_ADAPTERS,
+    base_model,
+    fine_tune,
+    inputs,
+    linear_names,
+    load_dense,
+    make_adapter,
+    merged,
+    outputs,
+    save,
+)
 
 
 @pytest.mark.parametrize("arch", ALL)
@@ -37,6 +49,48 @@ def test_dense_experts_reproduce_the_expert(arch):
     batch = inputs(arch)
     mixture = smile(base, {"only": tuned}, rank="dense", gate_rank=4, top_k=1)
     assert relative_error(outputs(mixture, batch), outputs(tuned, batch)) <= 1e-5
+
+
+@pytest.mark.parametrize("arch", ALL)
+def test_the_average_of_one_is_the_expert(arch, tmp_path):
+    """With ``others: average`` and one expert, every parameter counts, linear or not: nothing is dropped."""
+    base = base_model(arch)
+    tuned = fine_tune(base, 1, norms=True, everything=True)
+    with torch.no_grad():
+        for name in linear_names(base):  # also those that cannot be mixture layers
+            layer = tuned.get_submodule(name)
+            if torch.equal(layer.weight, base.get_submodule(name).weight):
+                layer.weight.add_(0.05 * torch.randn_like(layer.weight))
+    batch = inputs(arch)
+    wanted = outputs(tuned, batch)
+    base_dir, tuned_dir = save(base, tmp_path / "base"), save(tuned, tmp_path / "tuned")
+    recipe = dict(parameters={"rank": "full", "gate_rank": 4}, others="average")
+    built = build(tmp_path / "out", base_dir, {"only": tuned_dir}, **recipe)
+    assert relative_error(outputs(built, batch), wanted) <= 1e-5
+    live = smile(base, {"only": tuned}, rank="full", others="average")
+    assert relative_error(outputs(live, batch), wanted) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("arch", "options"),
+    [
+        ("llama", {"modules_to_save": ["lm_head", "embed_tokens"]}),
+        ("llama", {"targets": "all-linear"}),
+        ("vit", {"targets": ["q_proj", "projection"]}),
+        ("mamba", {"targets": ["in_proj", "x_proj", "conv1d"]}),
+        ("gpt2", {"targets": ["c_attn", "c_proj", "wte"]}),
+        ("bert", {"targets": ["query", "dense", "word_embeddings"], "bias": "all", "modules_to_save": ["classifier"]}),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "+".join(v),
+)
+def test_the_average_of_one_adapter_is_what_peft_computes(arch, options, tmp_path):
+    """Convolutions, embeddings and whole modules that an adapter changes are not dropped either."""
+    base_dir = save(base_model(arch), tmp_path / "base")
+    adapter = make_adapter(base_dir, tmp_path / "adapter", 1, arch=arch, **options)
+    recipe = dict(parameters={"rank": "full", "gate_rank": 4}, others="average")
+    mixture = build(tmp_path / "out", base_dir, {"only": adapter}, **recipe)
+    batch = inputs(arch)
+    assert relative_error(outputs(mixture, batch), outputs(merged(base_dir, adapter, arch), batch)) <= 1e-5
 
 
 FAST = ["bert", "vit", "gpt2", "llama"]

@@ -11,11 +11,12 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import coterie
 from matching import assert_matches, build, relative_error, smile, traced
-from reference import from_adapter, from_model
+from reference import Reference, from_adapter, from_model
 from zoo import base_model, body_linears, fine_tune, inputs, make_adapter, outputs, save
 
 BERT = base_model("bert")
@@ -120,6 +121,24 @@ def test_a_weight_scales_the_delta_and_not_the_score(kind, weight, tmp_path):
     for others in ("base", "average"):
         model = build(tmp_path / f"out-{others}", base_dir, weighted, parameters=parameters, others=others)
         assert_matches(model, BERT, experts, LAYERS, batch, rank=8, gate_rank=4, top_k=2, others=others)
+
+
+def test_untrained_layers_of_an_adapter_are_not_candidates(tmp_path):
+    """Where B is still zero the adapter touched nothing, whatever A is."""
+    base_dir = save(BERT, tmp_path / "base")
+    paths = {f"e{s}": make_adapter(base_dir, tmp_path / f"e{s}", s, arch="bert") for s in (1, 2)}
+    file = paths["e1"] / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for name, tensor in tensors.items():
+        if "layer.0" in name and "lora_B" in name:
+            tensor.zero_()
+    save_file(tensors, file, metadata={"format": "pt"})
+    model = build(tmp_path / "out", base_dir, paths, parameters={"rank": 4, "gate_rank": 4, "top_k": 2})
+    experts = [from_adapter(BERT, p, ("classifier",)) for p in paths.values()]
+    assert_matches(model, BERT, experts, LAYERS, inputs("bert"), rank=4, gate_rank=4, top_k=2)
+    _, gates = traced(model, inputs("bert"))
+    for name, gate in gates.items():
+        assert bool(gate[..., 0].any()) == ("layer.0" not in name)
 
 
 NAMES = [
@@ -286,3 +305,131 @@ def test_few_and_many_tokens_compute_the_same(rank, tokens):
     model = smile(BERT, experts, rank=rank, gate_rank=4)
     batch = inputs("bert", batch=max(1, tokens // 50), length=min(tokens, 50))
     assert_matches(model, BERT, refs(experts.values()), LAYERS, batch, rank=rank, gate_rank=4)
+
+
+def test_others_by_glob(tmp_path):
+    """A policy for each group of tensors; what no glob names follows the base."""
+    experts = {f"e{s}": fine_tune(BERT, s, heads=False, norms=True, everything=True) for s in (1, 2)}
+    base_dir = save(BERT, tmp_path / "base")
+    paths = {n: save(e, tmp_path / n) for n, e in experts.items()}
+    model = build(
+        tmp_path / "out", base_dir, paths, parameters={"rank": 4, "gate_rank": 4}, others={"*LayerNorm*": "average"}
+    )
+    state, base = model.state_dict(), BERT.state_dict()
+    theirs = [e.state_dict() for e in experts.values()]
+    norm, words = "bert.encoder.layer.0.output.LayerNorm.weight", "bert.embeddings.word_embeddings.weight"
+    torch.testing.assert_close(state[norm], (theirs[0][norm] + theirs[1][norm]) / 2)
+    assert torch.equal(state[words], base[words])
+
+
+def test_the_trace_is_of_the_last_call():
+    experts = {f"e{s}": fine_tune(BERT, s) for s in (1, 2)}
+    model = smile(BERT, experts, rank=4, gate_rank=4)
+    first, second = inputs("bert", batch=3), inputs("bert", batch=2, seed=1, length=5)
+    with torch.no_grad(), coterie.routing_trace(model) as trace:
+        model(**first)
+        assert trace[LAYERS[0]].shape == (3, 7, 2)
+        model(second["input_ids"], attention_mask=second["attention_mask"])
+    kept = {n: g.clone() for n, g in trace.items()}
+    assert kept[LAYERS[0]].shape == (2, 5, 2)
+    outputs(model, first)  # outside the block nothing is recorded
+    assert all(torch.equal(trace[n], g) for n, g in kept.items())
+    _, again = traced(model, second)
+    assert all(torch.equal(again[n], g) for n, g in kept.items())
+
+
+def test_the_trace_of_generation_is_of_the_last_token():
+    base = base_model("llama")
+    model = smile(base, {f"e{s}": fine_tune(base, s) for s in (1, 2)}, rank=4, gate_rank=4)
+    batch = inputs("llama")
+    with coterie.routing_trace(model) as trace:
+        model.generate(**batch, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    assert {g.shape for g in trace.values()} == {(2, 1, 2)}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    """Mixed precision, as the Trainer's ``bf16=True`` uses it: decisions stay, numbers are near."""
+    experts = {f"e{s}": fine_tune(BERT, s, heads=False) for s in (1, 2)}
+    model = smile(BERT, experts, rank=6, gate_rank=4)
+    batch = inputs("bert")
+    wanted, exact = traced(model, batch)
+    with torch.autocast("cpu", dtype=dtype):
+        got, gates = traced(model, batch)
+    assert relative_error(got.float(), wanted) < 0.05
+    agree = torch.cat([(gates[n] > 0).eq(exact[n] > 0).all(-1).flatten() for n in exact])
+    assert agree.float().mean() > 0.95
+
+
+class Mixed(nn.Module):
+    """Linears around torch's own encoder layer, whose fast path reads its linears' weights directly."""
+
+    def __init__(self):
+        super().__init__()
+        self.before = nn.Linear(16, 16)
+        self.encoder = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+        self.after = nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.after(self.encoder(self.before(x)))
+
+
+@pytest.mark.parametrize("others", ["base", "average"])
+def test_torchs_own_encoder_layers_are_never_half_a_mixture(others):
+    torch.manual_seed(0)
+    base = Mixed().eval()
+    experts = {}
+    for name in ("a", "b"):
+        experts[name] = copy.deepcopy(base)
+        with torch.no_grad():
+            for p in experts[name].parameters():
+                p.add_(0.2 * torch.randn(p.shape))
+    model = smile(base, experts, rank=4, gate_rank=4, others=others)
+    x = torch.randn(2, 5, 16)
+    told = []
+    for train in (False, True):
+        with torch.no_grad(), coterie.routing_trace(model.train(train)) as trace:
+            told.append(model(x))
+    assert relative_error(told[0], told[1]) <= 1e-5
+    reference = Reference(
+        base, [from_model(base, e) for e in experts.values()], list(trace), rank=4, gate_rank=4, others=others
+    )
+    assert {"before", "after"} <= set(trace)
+    wanted = reference.run(lambda m: m(x.double()), dict(trace.items()))
+    assert relative_error(told[0], wanted.detach()) <= 1e-5
+
+
+def test_layers_that_are_called_more_than_once():
+    """ALBERT runs one layer several times; each call decides for itself."""
+    import transformers as tf
+
+    config = tf.AlbertConfig(
+        vocab_size=100,
+        embedding_size=16,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=64,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    torch.manual_seed(0)
+    base = tf.AlbertModel(config).eval()
+    experts = {}
+    with torch.no_grad():
+        for p in base.parameters():
+            p.copy_(torch.randn(p.shape) * (p.shape[-1] ** -0.5 if p.ndim == 2 else 0.1))
+        for name in ("a", "b"):
+            experts[name] = copy.deepcopy(base)
+            for p in experts[name].parameters():
+                if p.ndim == 2:
+                    p.add_(0.5 * torch.randn(p.shape) * p.shape[-1] ** -0.5)
+    model = smile(base, experts, rank=6, gate_rank=4)
+    layers = [n for n, m in base.named_modules() if isinstance(m, nn.Linear)]
+    reference = Reference(base, [from_model(base, e) for e in experts.values()], layers, rank=6, gate_rank=4)
+    batch = inputs("bert")
+    with torch.no_grad():
+        got = model(**batch).last_hidden_state
+        wanted = reference.run(lambda m: m(**batch).last_hidden_state)
+        assert relative_error(got, wanted) <= 1e-5
+        assert relative_error(got, base(**batch).last_hidden_state) > 1e-2

@@ -423,7 +423,7 @@ def make_adapter(
     out: Path,
     seed: int,
     rank: int = 4,
-    targets: Iterable[str] | None = None,
+    targets: Iterable[str] | str | None = None,
     *,
     arch: str,
     scale: float = 0.5,
@@ -440,7 +440,7 @@ def make_adapter(
     model = load_dense(base_dir, arch)
     config = peft.LoraConfig(
         r=rank,
-        target_modules=sorted(targets or spec.targets),
+        target_modules=targets if isinstance(targets, str) else sorted(targets or spec.targets),
         **{"lora_alpha": 2 * rank, **spec.options, **options},
     )
     adapted = peft.get_peft_model(model, config)
@@ -448,8 +448,8 @@ def make_adapter(
     with torch.no_grad():
         for name, p in adapted.named_parameters():
             if "lora_A" in name:
-                p.copy_(torch.randn(p.shape, generator=gen) * p.shape[-1] ** -0.5)
-            elif "lora_B" in name and p.ndim == 2:
+                p.copy_(torch.randn(p.shape, generator=gen) * p[0].numel() ** -0.5)
+            elif "lora_B" in name and p.ndim >= 2:
                 p.copy_(scale * torch.randn(p.shape, generator=gen) * p.shape[0] ** -0.5)
             elif p.requires_grad:  # modules_to_save, trained biases, lora_bias
                 p.add_(0.1 * torch.randn(p.shape, generator=gen))

@@ -13,7 +13,7 @@ from ..methods.registry import get
 from ..mixture.handle import attach
 from ..mixture.layer import is_mixture
 from ..mixture.probe import called_linears
-from ..mixture.sites import choose_sites
+from ..mixture.sites import choose_sites, policy_of
 from ..mixture.spec import MixtureSpec, insert
 from ..recipe import Modules
 from ..sources.checkpoint import require_finite
@@ -74,8 +74,7 @@ def build_in_memory(
         if fitted is None:
             report.dense_layers.append(path)
             if f"{path}.bias" in view:
-                policy = others if isinstance(others, str) else "base"
-                sites.others[f"{path}.bias"] = policy
+                sites.others[f"{path}.bias"] = policy_of(f"{path}.bias", others)
                 sites.why_dense[f"{path}.bias"] = "bias of a layer that stays dense"
             continue
         spec.layers[path], banks[path] = fitted.shape, fitted.tensors

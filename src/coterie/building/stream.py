@@ -11,7 +11,7 @@ from ..errors import CoterieError
 from ..experts.fit import FittedLayer
 from ..methods.registry import Mixture
 from ..mixture.layer import widths
-from ..mixture.sites import Sites
+from ..mixture.sites import Sites, policy_of
 from ..mixture.spec import MixtureSpec
 from ..sources.experts import ExpertSource
 from .inputs import LABELS, Inputs
@@ -64,8 +64,8 @@ class Stream:
         if fitted is None:
             self.report.dense_layers.append(path)
             if bias is not None:
-                policy = self.inputs.recipe.others
-                chosen = policy if isinstance(policy, str) and policy != "per_expert" else "base"
+                policy = policy_of(bias_name, self.inputs.recipe.others)
+                chosen = "average" if policy == "average" else "base"
                 value, followed = follow(
                     bias_name, bias, self.inputs.experts, chosen, "bias of a layer that stays dense"
                 )
@@ -74,15 +74,10 @@ class Stream:
             return
         if bias is not None:
             self._write({bias_name: self._cast(bias, bias)}, is_base=True)
-        unused = [
-            expert.name
-            for i, expert in enumerate(self.inputs.experts)
-            if i not in fitted.shape.experts and expert.bias(path, bias) is not None
-        ]
-        if unused:
-            self.report.warnings.append(
-                f"{', '.join(unused)} change only the bias of {path}, which no token can be routed to"
-            )
+        for i, expert in enumerate(self.inputs.experts):
+            if i not in fitted.shape.experts and expert.bias(path, bias) is not None:
+                why = "bias of a layer whose weight only other experts change: no score can choose it"
+                self.report.left_out.setdefault(expert.name, {})[bias_name] = why
         spec.layers[path] = fitted.shape
         self.report.layers.append(fitted.report)
         self._write({f"{path}.bank.{name}": self._cast(t, weight) for name, t in fitted.tensors.items()})
@@ -173,7 +168,7 @@ class Stream:
     def account(self, expert: ExpertSource) -> None:
         """Every tensor of a source is used or on the list of what is left out; anything else stops the build."""
         if expert.left_out:
-            self.report.left_out[expert.name] = dict(expert.left_out)
+            self.report.left_out.setdefault(expert.name, {}).update(expert.left_out)
         known = {*self.report.others, *self.inputs.skeleton.tied}
         for layer in self.report.layers:
             known |= {f"{layer.path}.weight", f"{layer.path}.bias"}

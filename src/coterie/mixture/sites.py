@@ -95,7 +95,7 @@ def choose_sites(
     for name in tensors:
         if name in taken or _inside(name, sites.heads):
             continue
-        sites.others[name] = _policy(name, others)
+        sites.others[name] = policy_of(name, others)
         sites.why_dense.setdefault(name, _kind(model, name))
     if not sites.layers:
         raise CoterieError(
@@ -104,7 +104,8 @@ def choose_sites(
     return sites
 
 
-def _policy(name: str, others: str | Mapping[str, str]) -> str:
+def policy_of(name: str, others: str | Mapping[str, str]) -> str:
+    """What a tensor follows: the policy of the first glob that matches its name, else the base."""
     if isinstance(others, str):
         return others
     return next((policy for glob, policy in others.items() if fnmatchcase(name, glob)), "base")
