@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 import coterie
 from reference import Expert, Reference
 from zoo import outputs
+
+Run = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
 
 TOLERANCE = 1e-5
 MARGIN = 1e-4
@@ -42,10 +44,10 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
     return float((got.double() - wanted.double()).abs().max() / max(1.0, float(wanted.abs().max())))
 
 
-def traced(mixture: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+def traced(mixture: nn.Module, batch: Mapping[str, Tensor], run: Run = outputs) -> tuple[Tensor, dict[str, Tensor]]:
     """The mixture's outputs and its gates by layer."""
     with coterie.routing_trace(mixture) as trace:
-        got = outputs(mixture, batch)
+        got = run(mixture, batch)
     return got, {name: trace[name] for name in trace}
 
 
@@ -57,6 +59,7 @@ def assert_matches(
     batch: Mapping[str, Tensor],
     *,
     tolerance: float = TOLERANCE,
+    run: Run = outputs,
     **options,
 ) -> Match:
     """The mixture computes what the reference computes, and decides as it decides wherever that is well-defined.
@@ -64,10 +67,10 @@ def assert_matches(
     The reference runs in float64 on the decisions that the mixture took, so that outputs can be compared to
     rounding; its own free decisions on the same inputs must agree wherever the margin exceeds ``MARGIN``.
     """
-    got, trace = traced(mixture, batch)
+    got, trace = traced(mixture, batch, run)
     reference = Reference(base, experts, layers, **options)
     assert set(trace) == set(reference.layers)
-    wanted = reference.run(lambda m: outputs(m, doubled(batch)), trace)
+    wanted = reference.run(lambda m: run(m, doubled(batch)), trace)
     decisions = flips = 0
     for name, decision in reference.decisions.items():
         gates = trace[name]

@@ -77,7 +77,6 @@ def test_the_average_of_one_is_the_expert(arch, tmp_path):
         ("llama", {"modules_to_save": ["lm_head", "embed_tokens"]}),
         ("llama", {"targets": "all-linear"}),
         ("vit", {"targets": ["q_proj", "projection"]}),
-        ("mamba", {"targets": ["in_proj", "x_proj", "conv1d"]}),
         ("gpt2", {"targets": ["c_attn", "c_proj", "wte"]}),
         ("bert", {"targets": ["query", "dense", "word_embeddings"], "bias": "all", "modules_to_save": ["classifier"]}),
     ],

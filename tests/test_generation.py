@@ -47,6 +47,14 @@ def test_a_cache_changes_nothing(arch):
         assert relative_error(a, b) <= 1e-5
 
 
+@pytest.mark.parametrize("arch", ["llama", "gemma2"])
+def test_a_static_cache_changes_nothing(arch):
+    model = mixture_of(arch)
+    static = generate(model, prompt(), cache_implementation="static")
+    plain = generate(model, prompt(), use_cache=False)
+    assert torch.equal(static.sequences, plain.sequences)
+
+
 @pytest.mark.parametrize("arch", ["llama", "t5"])
 def test_beams_reorder_nothing_else(arch):
     model = mixture_of(arch, top_k=2)

@@ -261,3 +261,23 @@ def test_sources_in_half_precision_compute_in_the_dtype_asked_for(tmp_path):
     )
     assert next(mixture.parameters()).dtype == torch.float32
     assert_matches(mixture, base.float(), experts, body_linears("bert", base), inputs("bert"), rank=8, gate_rank=4)
+
+
+@pytest.mark.parametrize("others", ["base", "average"])
+@pytest.mark.parametrize("kind", ["everything in half", "only the base in half"])
+def test_nothing_is_rounded_on_the_way_to_the_dtype_asked_for(kind, others, tmp_path):
+    """Sources in bfloat16, mixture in float32: also what follows ``others`` is computed in float32."""
+    base, tuned, _ = _full("bert", 2, norms=True, everything=True)
+    base = base.bfloat16()
+    if kind == "everything in half":
+        tuned = [t.bfloat16() for t in tuned]
+    save(base, tmp_path / "base")
+    for i, model in enumerate(tuned):
+        save(model, tmp_path / f"e{i}")
+    base = base.float()
+    experts = [from_model(base, t.float(), ("classifier",)) for t in tuned]
+    sources = {f"e{i}": tmp_path / f"e{i}" for i in range(2)}
+    recipe = dict(parameters={"rank": 8, "gate_rank": 4}, others=others, dtype="float32")
+    mixture = build(tmp_path / "out", tmp_path / "base", sources, **recipe)
+    options = dict(rank=8, gate_rank=4, others=others)
+    assert_matches(mixture, base, experts, body_linears("bert", base), inputs("bert"), **options)

@@ -433,3 +433,12 @@ def test_layers_that_are_called_more_than_once():
         wanted = reference.run(lambda m: m(**batch).last_hidden_state)
         assert relative_error(got, wanted) <= 1e-5
         assert relative_error(got, base(**batch).last_hidden_state) > 1e-2
+
+
+def test_options_of_the_in_memory_build():
+    """Weights by name, include and exclude globs: the same as in a recipe."""
+    tuned = {f"e{s}": fine_tune(BERT, s, heads=False) for s in (1, 2)}
+    experts = [from_model(BERT, e, ("classifier",), scale=w) for e, w in zip(tuned.values(), (0.5, 1.0), strict=True)]
+    model = smile(BERT, tuned, rank=6, gate_rank=4, weights={"e1": 0.5}, include=["*attention*"], exclude=["*key*"])
+    layers = [n for n in LAYERS if "attention" in n and "key" not in n]
+    assert_matches(model, BERT, experts, layers, inputs("bert"), rank=6, gate_rank=4)

@@ -49,6 +49,7 @@ def test_the_trainer_trains_a_loaded_mixture(loaded, tmp_path):
         use_cpu=True,
         report_to=[],
         learning_rate=1e-2,
+        lr_scheduler_type="constant",
         save_strategy="steps",
         save_steps=2,
         disable_tqdm=True,
@@ -61,6 +62,11 @@ def test_the_trainer_trains_a_loaded_mixture(loaded, tmp_path):
     loaded.eval()
     saved = coterie.load(tmp_path / "run" / "checkpoint-2").eval()
     assert torch.equal(outputs(saved, inputs("bert")), outputs(loaded, inputs("bert")))
+
+    arguments.max_steps = 3
+    resumed = Trainer(model=coterie.load(tmp_path / "out"), args=arguments, train_dataset=Rows())
+    assert resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2")).global_step == 3
+    assert not torch.equal(outputs(resumed.model.eval(), inputs("bert")), outputs(saved, inputs("bert")))
 
 
 def test_the_trainer_takes_a_live_mixture(tmp_path):
@@ -90,6 +96,9 @@ def test_lora_on_top(loaded, tmp_path):
     assert relative_error(changed, wanted) > 1e-3
     with adapted.disable_adapter():
         assert relative_error(outputs(adapted, batch), wanted) <= 1e-6
+    copied = copy.deepcopy(adapted).merge_and_unload().eval()
+    assert relative_error(outputs(copied, batch), changed) <= 1e-5
+    assert copied.coterie.expert_names == ["a", "b"]
     adapted.save_pretrained(tmp_path / "lora")
     assert (tmp_path / "lora" / "adapter_model.safetensors").is_file()
     again = peft.PeftModel.from_pretrained(coterie.load(tmp_path / "out").eval(), str(tmp_path / "lora")).eval()
@@ -144,6 +153,39 @@ def test_casting(arch, dtype):
         assert torch.isfinite(gates).all()
 
 
+def test_a_loaded_mixture_is_cast_and_moved_like_any_model(loaded):
+    wanted = outputs(loaded, inputs("bert"))
+    assert torch.equal(outputs(loaded.to("cpu"), inputs("bert")), wanted)
+    assert relative_error(outputs(loaded.double(), inputs("bert")), wanted) <= 1e-5
+    assert relative_error(outputs(loaded.half(), inputs("bert")).float(), wanted) < 0.25
+    assert {p.dtype for p in loaded.bfloat16().parameters()} == {torch.bfloat16}
+    assert not any(getattr(loaded, mark, None) for mark in ("is_quantized", "quantization_method", "hf_quantizer"))
+
+
+def test_t5_keeps_its_float32_part_in_float16(tmp_path):
+    """T5's `wo` stays in float32 when the rest is float16, and so do its experts; the model reads `wo.weight.dtype`."""
+    base = base_model("t5")
+    sources = {f"e{s}": save(fine_tune(base, s), tmp_path / f"e{s}") for s in (1, 2)}
+    built = build(tmp_path / "out", save(base, tmp_path / "base"), sources, parameters={"rank": 6, "gate_rank": 4})
+    wanted = outputs(built, inputs("t5"))
+    half = coterie.load(tmp_path / "out", dtype=torch.float16).eval()
+    dense = type(built).from_pretrained(tmp_path / "base", dtype=torch.float16)
+    name = "encoder.block.0.layer.1.DenseReluDense.wo"
+    assert half.get_submodule(name).weight.dtype == dense.get_submodule(name).weight.dtype
+    assert relative_error(outputs(half, inputs("t5")).float(), wanted) < 0.1
+
+
+def test_embeddings_can_be_resized(tmp_path):
+    model = mixture_of("llama")
+    wanted = outputs(model, inputs("llama")).reshape(2, 7, -1)
+    model.resize_token_embeddings(110)
+    model.save_pretrained(tmp_path)
+    again = coterie.load(tmp_path).eval()
+    got = outputs(again, inputs("llama")).reshape(2, 7, -1)
+    assert got.shape[-1] == 110
+    assert relative_error(got[..., : wanted.shape[-1]], wanted) <= 1e-6
+
+
 COMPILED = {("bert", 1), ("gpt2", 2)}
 
 
@@ -173,6 +215,17 @@ def test_compiles_ahead_of_time(arch):
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert relative_error(outputs(compiled, inputs(arch)), outputs(model, inputs(arch))) <= 1e-5
+
+
+@pytest.mark.slow
+def test_a_compiled_mixture_follows_its_head():
+    model = mixture_of("bert")
+    batch = inputs("bert")
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for name in ("e1", "e2", "e1"):
+        model.coterie.use_head(name)
+        assert relative_error(outputs(compiled, batch), outputs(model, batch)) <= 1e-6
 
 
 @pytest.mark.parametrize("arch", ["bert", "vit", "gpt2"])

@@ -60,7 +60,8 @@ def choose_sites(
         if state[name] is state[owner] or state[name].is_meta
     }
     tied_names = set(tied) | set(tied.values())
-    tensors = {name: t for name, t in state.items() if name not in tied}
+    unsaved = set(getattr(model, "_keys_to_ignore_on_save", None) or [])
+    tensors = {name: t for name, t in state.items() if name not in tied and name not in unsaved}
     sites.heads = _heads(model, missing, tied_names, tensors)
     outside = _outside_base(model)
     output = _output_paths(model)

@@ -41,7 +41,11 @@ class Skeleton:
         with torch.device("meta"), no_init_weights():
             self.model = architecture(copy.deepcopy(config))
         self.model.eval()
-        self.tensors: dict[str, torch.Tensor] = dict(self.model.state_dict())
+        # What a model makes by itself and never saves (Marian's sinusoidal positions) is no tensor of a checkpoint.
+        self._unsaved = set(self.model._keys_to_ignore_on_save or [])
+        self.tensors: dict[str, torch.Tensor] = {
+            name: tensor for name, tensor in self.model.state_dict().items() if name not in self._unsaved
+        }
         self.tied: dict[str, str] = dict(self.model.all_tied_weights_keys)
         conversions = get_model_conversion_mapping(self.model)
         self._renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
@@ -76,7 +80,7 @@ class Skeleton:
 
     def is_buffer(self, name: str) -> bool:
         """Whether a name is a buffer that the architecture computes by itself (older checkpoints hold some)."""
-        return name in self._buffers or name.rsplit(".", 1)[-1] in ("position_ids", "inv_freq", "masked_bias")
+        return name in self._buffers | self._unsaved or name.rsplit(".", 1)[-1] in ("position_ids", "inv_freq", "masked_bias")
 
 
 class View:
