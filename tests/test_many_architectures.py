@@ -177,11 +177,15 @@ def dense_model(name: str) -> nn.Module:
 
 
 def perturb(model: nn.Module, seed: int, first: bool = False) -> None:
-    """Add to every parameter a random delta of a fifth of what is usual for its shape (all of it the first time)."""
+    """Add to every parameter a random delta of a fifth of what is usual for its shape (all of it the first time).
+
+    Parameters that transformers computes and never saves (sinusoidal positions) stay as they are.
+    """
     gen = torch.Generator().manual_seed(seed)
+    unsaved = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if name.endswith(("A_log", "dt_bias", "logit_scale")) or ".dt_proj." in name:
+            if name.endswith(("A_log", "dt_bias", "logit_scale")) or ".dt_proj." in name or name in unsaved:
                 continue
             noise = torch.randn(p.shape, generator=gen)
             scale = p[0].numel() ** -0.5 if p.ndim > 1 else 0.1

@@ -15,7 +15,7 @@ from ..errors import CoterieError
 from ..mixture.spec import MixtureSpec
 from ..recipe import read_recipe
 from .finish import write_metadata
-from .memory import PeakMemory
+from .memory import PeakMemory, release_freed_memory
 from .plan import Plan, make_plan
 from .prepare import prepare
 from .report import BuildReport
@@ -94,6 +94,7 @@ def build(
             for path in sites.layers:
                 layer = inputs.skeleton.module(path)
                 stream.layer(path, fit_layer(ready.mixture, path, layer, inputs.base, inputs.experts, device), spec)
+                release_freed_memory()
                 progress.advance(task)
             stream.others(sites, lambda: progress.advance(task))
             stream.heads(sites, spec, lambda: progress.advance(task))

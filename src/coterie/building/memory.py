@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import sys
 import threading
@@ -16,6 +17,12 @@ def anonymous_bytes() -> int | None:
         return None
     line = next((row for row in _STATUS.read_text().splitlines() if row.startswith("RssAnon")), None)
     return int(line.split()[1]) * 1024 if line else None
+
+
+def release_freed_memory() -> None:
+    """Give freed blocks back to the system (glibc keeps them, and a build of many layers would grow with depth)."""
+    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
 
 
 class PeakMemory:

@@ -9,17 +9,20 @@ import torch
 
 from ..errors import CoterieError
 from ..mixture.spec import HeadShape
-from ..sources.experts import ExpertSource
+from ..sources.experts import ExpertSource, same
 from .report import Followed
 
 
 def follow(
     name: str, base: torch.Tensor, experts: list[ExpertSource], policy: str, why: str
 ) -> tuple[torch.Tensor, Followed]:
-    """One tensor under a policy, in the base's dtype.
+    """One tensor under a policy.
 
     `base` keeps the base's; `average` is the base plus the mean of the weighted deltas over all experts, those that do
     not touch it counting as zero.
+
+    Returns:
+        The base's tensor itself where nothing is added, else a float32 one; and the account.
 
     Raises:
         CoterieError: an integer buffer that differs between base and expert.
@@ -28,7 +31,7 @@ def follow(
     total = torch.zeros_like(base, dtype=torch.float32) if policy == "average" else None
     for expert in experts:
         value = expert.value(name, base)
-        if value is None or torch.equal(value.to(base.dtype), base):
+        if value is None or same(value, base):
             continue
         if not base.is_floating_point():
             raise CoterieError(
@@ -41,7 +44,7 @@ def follow(
             total += expert.weight * (value.float() - base.float())
     if total is None or not followed.changed_by:
         return base, followed
-    return (base.float() + total / len(experts)).to(base.dtype), followed
+    return base.float() + total / len(experts), followed
 
 
 @dataclass

@@ -13,7 +13,7 @@ from ..methods.registry import Mixture
 from ..mixture.layer import widths
 from ..mixture.sites import Sites, policy_of
 from ..mixture.spec import MixtureSpec
-from ..sources.experts import ExpertSource
+from ..sources.experts import ExpertSource, same
 from .inputs import LABELS, Inputs
 from .others import Head, follow, gather_head
 from .report import BuildReport, Followed
@@ -113,9 +113,7 @@ class Stream:
             return
         base = self.inputs.base.get(owner)
         value, shared = expert.value(tied, base), expert.value(owner, base)
-        if value is not None and not torch.equal(
-            value.to(base.dtype), base if shared is None else shared.to(base.dtype)
-        ):
+        if value is not None and not same(value, base if shared is None else shared):
             followed = self.report.others.setdefault(tied, Followed(f"tied to {owner} in the base", "base"))
             followed.changed_by.append(expert.name)
 

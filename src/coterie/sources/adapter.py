@@ -95,6 +95,9 @@ class AdapterExpert(ExpertSource):
             self._parts.setdefault(path, {})[match[2] + ("_bias" if match[3] == ".bias" else "")] = disk
             self._scale.setdefault(path, self._scaling(match[1]))
             return
+        if ".original_module." in name:  # PEFT stores it beside what replaces it, and never uses it
+            self.left_out[disk] = "the original of a module that modules_to_save replaces"
+            return
         name = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
         memory, pattern = self.skeleton.in_memory(name)
         if memory in self.skeleton.tensors and pattern is None:

@@ -54,7 +54,7 @@ class ExpertSource(ABC):
         if base is None:
             return None
         value = self.value(f"{path}.bias", base)
-        return None if value is None or torch.equal(value.to(base.dtype), base) else value.float() - base.float()
+        return None if value is None or same(value, base) else value.float() - base.float()
 
     def rank_bound(self, path: str) -> int | None:
         """The delta's rank as far as headers tell it: 0 where the source does not touch the layer, None if unknown."""
@@ -86,13 +86,19 @@ class FullExpert(ExpertSource):
 
     def delta(self, path: str, base: torch.Tensor, transposed: bool) -> Delta | None:
         value = self.value(f"{path}.weight", base)
-        if value is None or torch.equal(value.to(base.dtype), base):
+        if value is None or same(value, base):
             return None
         matrix = value.float() - base.float()
         return Dense(matrix.T if transposed else matrix)
 
     def bytes(self, name: str) -> int:
         return self.view.bytes(name) if isinstance(self.view, View) and self.has(name) else 0
+
+
+def same(value: torch.Tensor, base: torch.Tensor) -> bool:
+    """Whether two tensors hold the same numbers, compared in the wider of their dtypes."""
+    wide = torch.promote_types(value.dtype, base.dtype)
+    return torch.equal(value.to(wide), base.to(wide))
 
 
 def shape_error(name: str, shape: tuple[int, ...], base: tuple[int, ...], expert: ExpertSource) -> CoterieError:

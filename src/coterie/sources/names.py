@@ -80,7 +80,11 @@ class Skeleton:
 
     def is_buffer(self, name: str) -> bool:
         """Whether a name is a buffer that the architecture computes by itself (older checkpoints hold some)."""
-        return name in self._buffers | self._unsaved or name.rsplit(".", 1)[-1] in ("position_ids", "inv_freq", "masked_bias")
+        return name in self._buffers | self._unsaved or name.rsplit(".", 1)[-1] in (
+            "position_ids",
+            "inv_freq",
+            "masked_bias",
+        )
 
 
 class View:
