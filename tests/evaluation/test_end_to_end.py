@@ -21,7 +21,7 @@ from coterie.evaluation.suite import Task, weights_sha256
 from coterie.evaluation.train import RECORD, Job, Recipe, train
 from coterie.merging.linear import delta
 
-QUICK = Recipe(steps=6, batch=8, learning_rate=1e-3)
+QUICK = Recipe(steps=8, batch=8, learning_rate=5e-4)
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +100,9 @@ def test_ladder_takes_one_thing_away_at_a_time(reader: Reader) -> None:
 def test_demo(full: bool, adapters: Path, tasks: tuple[Task, ...], tmp_path: Path) -> None:
     import coterie
 
-    settings = demo.Settings(
-        27, 18, QUICK, Recipe(kind="lora", steps=6, batch=8, learning_rate=1e-2), adapters / "adapters"
-    )
+    grid = ({"rank": 16, "gate_rank": 4}, {"rank": 300, "gate_rank": 4})  # the second is too large
+    lora = Recipe(kind="lora", steps=8, batch=8, learning_rate=3e-3)
+    settings = demo.Settings(27, 18, QUICK, lora, adapters / "adapters", grid if full else grid[:1], grid[:1])
     printed = io.StringIO()
 
     def once() -> dict[str, object]:
@@ -122,6 +122,7 @@ def test_demo(full: bool, adapters: Path, tasks: tuple[Task, ...], tmp_path: Pat
         assert by_name["base"]["recovered_gap"]["value"] == 0
         assert by_name["expert of the task"]["normalised"]["value"] == 1
         assert 1 < by_name["SMILE"]["ratio"] <= 1.6
+        assert by_name["SMILE"]["chosen"] == grid[0]
         assert comparison["ladder"]["expert"] == by_name["expert of the task"]["accuracy"]
         assert comparison["ladder"]["SMILE's own routing"] == by_name["SMILE"]["accuracy"]
         assert all(0 <= share <= 1 for share in comparison["routing"])

@@ -16,6 +16,7 @@ from ..mixture.layer import widths
 from ..mixture.sites import Sites
 from ..sources.experts import ExpertSource
 from .inputs import Inputs
+from .report import by_kind
 
 
 @dataclass
@@ -81,11 +82,12 @@ class Plan:
         head.add_row("writes", f"at most {self.bytes_written / 1e9:.3f} GB")
         head.add_row("memory", f"about {self.memory / 1e9:.3f} GB beyond the interpreter's own")
         table = Table(title=f"{len(self.layers)} layers may become mixture layers", title_justify="left", box=None)
-        for column in ("layer", "in -> out", "ranks, at most", "parameters"):
+        for column in ("layers", "of them", "in -> out", "ranks, at most", "parameters"):
             table.add_column(column, overflow="fold")
-        for layer in self.layers:
-            ranks = ", ".join("-" if r is None else str(r) for r in layer.ranks)
-            table.add_row(layer.path, f"{layer.d_in} -> {layer.d_out}", ranks, f"{layer.parameters:,}")
+        for (pattern, widths_), layers in by_kind(self.layers).items():
+            ranks = sorted({", ".join("-" if r is None else str(r) for r in layer.ranks) for layer in layers})
+            total = sum(layer.parameters for layer in layers)
+            table.add_row(pattern, str(len(layers)), widths_, "; ".join(ranks), f"{total:,}")
         rest = Table(title="everything else", title_justify="left", box=None)
         for column in ("what", "tensors", "follows"):
             rest.add_column(column, overflow="fold")

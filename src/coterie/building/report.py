@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
@@ -151,11 +152,7 @@ class BuildReport:
         table = Table(title=f"{len(self.layers)} mixture layers, by kind", title_justify="left", box=None)
         for column in ("layers", "of them", "in -> out", "ranks", "gate rank", "|delta|/|W|", "residual", "parameters"):
             table.add_column(column, overflow="fold")
-        groups: dict[tuple[str, int, int], list[LayerReport]] = {}
-        for layer in self.layers:
-            pattern = ".".join("*" if part.isdigit() else part for part in layer.path.split("."))
-            groups.setdefault((pattern, layer.d_in, layer.d_out), []).append(layer)
-        for (pattern, d_in, d_out), layers in groups.items():
+        for (pattern, shape), layers in by_kind(self.layers).items():
             ranks = sorted(
                 {str(r) if r is not None else "-" for layer in layers for r in layer.ranks}, key=lambda r: r.rjust(9)
             )
@@ -165,7 +162,7 @@ class BuildReport:
             table.add_row(
                 pattern,
                 str(len(layers)),
-                f"{d_in} -> {d_out}",
+                shape,
                 ", ".join(ranks),
                 ", ".join(map(str, gates)),
                 _spread(norms),
@@ -191,6 +188,15 @@ class BuildReport:
             for reason, count in reasons.items():
                 table.add_row(f"{source}: {reason}", str(count), "left out", "-")
         return table
+
+
+def by_kind(layers: Sequence[Any]) -> dict[tuple[str, str], list[Any]]:
+    """Layers (with `path`, `d_in`, `d_out`) grouped by (path with numbers as *, "d_in -> d_out"), in order."""
+    groups: dict[tuple[str, str], list[Any]] = {}
+    for layer in layers:
+        pattern = ".".join("*" if part.isdigit() else part for part in layer.path.split("."))
+        groups.setdefault((pattern, f"{layer.d_in} -> {layer.d_out}"), []).append(layer)
+    return groups
 
 
 def _spread(values: list[float]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -162,16 +163,16 @@ class Comparer:
             share = cache(lambda i=i, task=task: routed_share(self.reader, mixture(), i, task.test))
             routing.append(float(self.cells.get(("routing", key, task.key), share)))
 
-        layers = linear_layers(self.reader.model)
-        rank = parameters["rank"]
+        layers, rank = linear_layers(self.reader.model), parameters["rank"]
         rungs = {"expert": expert}
-        if any(path.joinpath("model.safetensors").exists() for path in experts.values()):
+        if any(_adapter_rank(path) is None for path in experts.values()):
             rungs["linear deltas, oracle routing"] = own(
                 "linear deltas", (), lambda n: linear_deltas(self.base, change(n), layers), "test"
             )
-        rungs[f"truncated to rank {rank}, oracle routing"] = own(
-            "truncated", (rank,), lambda n: linear_deltas(self.base, change(n), layers, rank), "test"
-        )
+        if any((_adapter_rank(path) or rank + 1) > rank for path in experts.values()):
+            rungs[f"rank {rank}, oracle routing"] = own(
+                "truncated", (rank,), lambda n: linear_deltas(self.base, change(n), layers, rank), "test"
+            )
         rungs["SMILE's own routing"] = smile
         return Comparison(
             title, [task.name for task in self.tasks], results,
@@ -219,6 +220,12 @@ def recipe(base: Path, experts: dict[str, Path], parameters: dict[str, int]) -> 
     """The recipe of a SMILE mixture of the experts."""
     sources = {name: str(path) for name, path in experts.items()}
     return {"method": "smile", "base": str(base), "experts": sources, "parameters": {**parameters, "top_k": 1}}
+
+
+def _adapter_rank(directory: Path) -> int | None:
+    """Rank of a LoRA adapter, which a mixture of that rank carries whole; None for a full fine-tune."""
+    config = directory / "adapter_config.json"
+    return json.loads(config.read_text())["r"] if config.exists() else None
 
 
 @torch.inference_mode()

@@ -19,11 +19,13 @@ from .anchors import Reader
 from .cells import Cells
 from .compare import Comparer, Comparison, Result
 from .experts import COMMITTED, FULL, LORA, jobs
+from .extract import PROVENANCE
 from .suite import Task, weights_sha256
-from .train import Recipe, train_shown
+from .train import Recipe, quiet, train_shown
 
-ADAPTER_GRID = ({"rank": 16, "gate_rank": 4}, {"rank": 16, "gate_rank": 8}, {"rank": 16, "gate_rank": 16})
-FULL_GRID = tuple({"rank": rank, "gate_rank": gate} for rank in (16, 32) for gate in (4, 16, 32) if gate <= rank)
+Grid = tuple[dict[str, int], ...]
+ADAPTER_GRID: Grid = ({"rank": 16, "gate_rank": 4}, {"rank": 16, "gate_rank": 8}, {"rank": 16, "gate_rank": 16})
+FULL_GRID: Grid = tuple({"rank": rank, "gate_rank": gate} for rank in (16, 32) for gate in (4, 16, 32) if gate <= rank)
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Settings:
         test_rows, validation_rows: rows of each task that are used.
         full, lora: how experts are trained.
         adapters: directory of the rank-16 adapters, one for each task.
+        full_grid, adapter_grid: SMILE's parameters to choose from, for full fine-tunes and for adapters.
     """
 
     test_rows: int = 1000
@@ -41,6 +44,8 @@ class Settings:
     full: Recipe = FULL
     lora: Recipe = LORA
     adapters: Path = COMMITTED
+    full_grid: Grid = FULL_GRID
+    adapter_grid: Grid = ADAPTER_GRID
 
 
 def run(
@@ -70,9 +75,7 @@ def run(
     Raises:
         CoterieError: a package that carries the data is missing.
     """
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
+    quiet()
     console = console or Console()
     tasks = tasks or text8.load()
     cache.mkdir(parents=True, exist_ok=True)
@@ -83,7 +86,7 @@ def run(
         f"Base: all-MiniLM-L6-v2, read as CLIP is: a class is the embedding of its label. {len(tasks)} tasks, "
         f"{settings.test_rows:,} test rows each."
     )
-    sets: list[tuple[str, dict[str, Path], tuple[dict[str, int], ...], str]] = []
+    sets: list[tuple[str, dict[str, Path], Grid, str]] = []
     if full:
         trainings = {
             "full fine-tunes": jobs(tasks, settings.full, fingerprint),
@@ -93,11 +96,19 @@ def run(
         train_shown([job for each in trainings.values() for job in each], cache, device, console)
         for number, (title, each) in enumerate(trainings.items()):
             experts = {job.task.name: job.directory(cache) for job in each}
-            grid = FULL_GRID if number == 0 else ADAPTER_GRID
+            grid = settings.full_grid if number == 0 else settings.adapter_grid
             sets.append((title, experts, grid, "mixture" if number == 0 else f"mixture-lora-{number}"))
     else:
         experts = {task.name: settings.adapters / task.name for task in tasks}
-        sets.append(("rank-16 adapters of full fine-tunes", experts, ADAPTER_GRID, "mixture"))
+        for task in tasks:
+            provenance = json.loads((experts[task.name] / PROVENANCE).read_text())
+            if provenance["training"]["task_sha256"] != task.key:
+                console.print(
+                    f"! {task.name}: an installed package holds other data than the expert was trained on, so its rows "
+                    "may be split otherwise; install the versions that coterie[demo] names",
+                    style="yellow",
+                )
+        sets.append(("rank-16 adapters of full fine-tunes", experts, settings.adapter_grid, "mixture"))
 
     comparisons = []
     with _saying(console) as say:

@@ -11,7 +11,7 @@ from .train import Job, Recipe
 
 FULL = Recipe(kind="full", steps=500, learning_rate=3e-4)
 LORA = Recipe(kind="lora", steps=300, learning_rate=1e-3)
-SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
+SCALES = (0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
 """Task arithmetic's scales to choose from, on validation rows."""
 
 COMMITTED = Path(__file__).parent / "text8_experts"

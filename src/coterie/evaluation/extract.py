@@ -15,7 +15,6 @@ from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModel
-from transformers.utils import logging
 
 from ..experts.factorise import thin_svd
 from ..merging.linear import delta
@@ -25,7 +24,7 @@ from .ladder import linear_deltas, linear_layers, load
 from .suite import Task, weights_sha256
 from .text8 import base_dir
 from .text8 import load as load_tasks
-from .train import LORA_TARGETS, RECORD, train_shown
+from .train import LORA_TARGETS, RECORD, quiet, train_shown
 
 BASE_NAME = "sentence-transformers/all-MiniLM-L6-v2"
 PROVENANCE = "provenance.json"
@@ -78,6 +77,7 @@ def extract_adapter(
         r=rank, lora_alpha=rank, target_modules=LORA_TARGETS, task_type=TaskType.FEATURE_EXTRACTION,
         base_model_name_or_path=BASE_NAME, inference_mode=True,
     ).save_pretrained(str(out))  # fmt: skip
+    sort_targets(out / "adapter_config.json")
     save_file(tensors, out / WEIGHTS, metadata={"format": "pt"})
 
     test = task.test if rows is None else task.test.head(rows)
@@ -105,6 +105,13 @@ def extract_adapter(
     return provenance
 
 
+def sort_targets(path: Path) -> None:
+    """Sort an adapter configuration's target modules: a set in PEFT, written in an order that changes with each run."""
+    config = json.loads(path.read_text())
+    config["target_modules"].sort()
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
 def _is_bias(name: str) -> bool:
     return name.endswith(".bias")
 
@@ -127,7 +134,7 @@ def main(cache: Path, out: Path = COMMITTED, device: str = "cpu") -> None:
         out: directory of the adapters, one directory for each task.
         device: torch device.
     """
-    logging.disable_progress_bar()
+    quiet()
     reader, tasks, console = Reader(base_dir(), device), load_tasks(), Console()
     trainings = jobs(tasks, FULL, weights_sha256(reader.base))
     for task, expert in zip(tasks, train_shown(trainings, cache, device, console), strict=True):

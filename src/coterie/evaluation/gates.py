@@ -24,7 +24,7 @@ from .extract import expert_state
 from .ladder import linear_deltas, linear_layers, load
 from .metrics import accuracies, normalised, recovered_gap
 from .suite import Task, weights_sha256
-from .train import train_shown
+from .train import quiet, train_shown
 
 LEAST_GAIN, MOST_RECOVERED, LEAST_KEPT, LEAST_PROBE, RANK = 0.15, 0.75, 0.97, 0.98, 32
 
@@ -134,9 +134,7 @@ def gates_table(tasks: tuple[Task, ...], gates: Gates) -> Table:
 
 def main(cache_dir: Path, device: str = "cpu") -> None:
     """Train the experts that are missing, measure, print."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
+    quiet()
     reader, tasks, console = Reader(text8.base_dir(), device), text8.load(), Console()
     experts = train_shown(jobs(tasks, FULL, weights_sha256(reader.base)), cache_dir, device, console)
     gates = measure(reader, tasks, experts)

@@ -42,7 +42,8 @@ def bootstrap(
     """Percentile intervals of `normalised` and `recovered_gap`, resampling tasks and, within each, rows.
 
     The three models keep their answers to a drawn row together (a paired bootstrap): a row is one of eight patterns of
-    right and wrong, so drawing N_t rows is one multinomial draw over the patterns.
+    right and wrong, so drawing N_t rows is one multinomial draw over the patterns. Samples in which the experts gain
+    nothing have no value and are left out; only a handful of rows can lead to one.
 
     Args:
         method, base, expert: answers to the same rows.
@@ -58,13 +59,14 @@ def bootstrap(
     drawn = rng.multinomial(sizes[tasks], shares[tasks]) / sizes[tasks][..., None]
     patterns = np.arange(8)
     acc_method, acc_base, acc_expert = (drawn @ ((patterns >> bit) & 1) for bit in (2, 1, 0))
-    draws = {
-        "normalised": (acc_method / acc_expert).mean(1),
-        "recovered_gap": (acc_method - acc_base).sum(1) / (acc_expert - acc_base).sum(1),
-    }
+    with np.errstate(divide="ignore", invalid="ignore"):
+        draws = {
+            "normalised": (acc_method / acc_expert).mean(1),
+            "recovered_gap": (acc_method - acc_base).sum(1) / (acc_expert - acc_base).sum(1),
+        }
     values = {"normalised": normalised(method, expert), "recovered_gap": recovered_gap(method, base, expert)}
     tail = 50 * (1 - level)
     return {
-        name: Interval(values[name], *(float(q) for q in np.percentile(draws[name], [tail, 100 - tail])))
-        for name in draws
+        name: Interval(values[name], *(float(q) for q in np.percentile(each[np.isfinite(each)], [tail, 100 - tail])))
+        for name, each in draws.items()
     }

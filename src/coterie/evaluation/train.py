@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
@@ -25,6 +26,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
+from transformers.utils import logging
 
 from .anchors import MAX_TOKENS, SCALE, Reader, embed
 from .suite import Split, Task, digest
@@ -129,7 +131,14 @@ def train_shown(trainings: list[Job], cache: Path, device: str, console: Console
         return train_all(trainings, cache, device, report=report)
 
 
+def quiet() -> None:
+    """No progress bars and no notes on coming changes from transformers in this process."""
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
+
+
 def _train_in_worker(index: int, job: Job, cache: Path, device: str, queue: Any) -> None:
+    quiet()
     torch.set_num_threads(1)
     train(job, cache, device, lambda step, loss: queue.put((index, step, loss)))
 
