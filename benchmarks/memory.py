@@ -163,10 +163,8 @@ def run(width: int, depth: int, rank: int, folder: Path) -> dict[str, Any]:
             "experts": {f"expert{index}": str(here / f"expert{index}") for index in range(EXPERTS)},
             "parameters": {"rank": rank, "gate_rank": 16, "top_k": 1},
         }
-        modules = folder / "modules"
-        build = measure(BUILD, json.dumps(recipe), str(here / "out"), str(modules))
+        build = measure(BUILD, json.dumps(recipe), str(here / "out"), str(folder / "modules"))
         written = sum(file.stat().st_size for file in (here / "out").glob("*.safetensors"))
-    idle = measure(IDLE, str(modules))
     return {
         "width": width,
         "depth": depth,
@@ -175,15 +173,13 @@ def run(width: int, depth: int, rank: int, folder: Path) -> dict[str, Any]:
         "largest_layer_mib": round(width * (width * 11 // 4) * 2 / MIB, 2),
         "seconds": build["seconds"],
         "peak_anon_mib": build["anon_mib"],
-        "interpreter_anon_mib": idle["anon_mib"],
-        "net_anon_mib": round(build["anon_mib"] - idle["anon_mib"], 1),
         "peak_file_mib": build["file_mib"],
     }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--widths", type=int, nargs="+", default=[384, 768], help="hidden sizes (multiples of 64)")
+    parser.add_argument("--widths", type=int, nargs="+", default=[512, 896], help="hidden sizes (multiples of 64)")
     parser.add_argument("--depths", type=int, nargs=2, default=[4, 16], help="numbers of layers")
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--out", type=Path, default=RESULT)
@@ -194,21 +190,26 @@ def main() -> int:
     runs, verdicts = [], []
     with tempfile.TemporaryDirectory() as folder:
         for width in options.widths:
-            shallow, deep = (run(width, depth, options.rank, Path(folder)) for depth in options.depths)
-            ratio = deep["net_anon_mib"] / shallow["net_anon_mib"]
-            verdicts.append({"width": width, "ratio": round(ratio, 3), "within": abs(ratio - 1) <= TOLERANCE})
-            runs += [shallow, deep]
-            for row in (shallow, deep):
-                print(
-                    f"width {row['width']:5d}  depth {row['depth']:3d}  sources {row['sources_mib']:7.1f} MiB  "
-                    f"anonymous {row['net_anon_mib']:7.1f} MiB net ({row['peak_anon_mib']:.1f} less "
-                    f"{row['interpreter_anon_mib']:.1f})  file-backed {row['peak_file_mib']:7.1f} MiB  "
-                    f"{row['seconds']:.1f} s",
-                    flush=True,
-                )
-            word = "within" if verdicts[-1]["within"] else "NOT within"
-            print(f"width {width:5d}: {options.depths[1]} layers need {ratio:.3f} times what {options.depths[0]} need, "
-                  f"{word} {TOLERANCE:.0%}", flush=True)  # fmt: skip
+            for depth in options.depths:
+                runs.append(run(width, depth, options.rank, Path(folder)))
+        idle = measure(IDLE, str(Path(folder) / "modules"))["anon_mib"]
+    print(f"the interpreter with the same modules, idle: {idle:.1f} MiB anonymous")
+    for row in runs:
+        row["net_anon_mib"] = round(row["peak_anon_mib"] - idle, 1)
+        print(
+            f"width {row['width']:5d}  depth {row['depth']:3d}  sources {row['sources_mib']:7.1f} MiB  "
+            f"anonymous {row['peak_anon_mib']:6.1f} MiB, net {row['net_anon_mib']:6.1f}  "
+            f"file-backed {row['peak_file_mib']:7.1f} MiB  {row['seconds']:6.1f} s"
+        )
+    for shallow, deep in zip(runs[::2], runs[1::2], strict=True):
+        ratio = deep["net_anon_mib"] / shallow["net_anon_mib"]
+        verdict = {"width": shallow["width"], "ratio": round(ratio, 3), "within": abs(ratio - 1) <= TOLERANCE}
+        verdicts.append(verdict)
+        word = "within" if verdict["within"] else "NOT within"
+        print(
+            f"width {verdict['width']:5d}: {deep['depth']} layers need {ratio:.3f} times what {shallow['depth']} need, "
+            f"{word} {TOLERANCE:.0%}"
+        )
     result = {
         "what": "peak anonymous memory of coterie.build, less the interpreter's own",
         "settings": {
@@ -221,6 +222,7 @@ def main() -> int:
             "threads": 1,
             "sample_interval_s": INTERVAL,
         },
+        "interpreter_anon_mib": idle,
         "runs": runs,
         "depth_against_depth": verdicts,
         "versions": {"python": platform.python_version()}

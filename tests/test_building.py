@@ -47,9 +47,9 @@ def test_a_killed_build_leaves_nothing_that_looks_complete_and_runs_again(source
     out = tmp_path / "mixture"
     code = (
         "import sys, json, time, coterie.building.build as b\n"
-        "fit = b.fit_layer\n"
+        "fit = b.Stream._fit\n"
         "def slow(*args):\n    print('layer', flush=True); time.sleep(0.3); return fit(*args)\n"
-        "b.fit_layer = slow\n"
+        "b.Stream._fit = slow\n"
         "b.build(json.loads(sys.argv[1]), out=sys.argv[2])\n"
     )
     run = subprocess.Popen(

@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -57,6 +57,7 @@ def test_the_order_of_experts_does_not_matter(order, top_k, parts):
 @example(parts=[{"query"}, set(), set()], ranks=[1, 2, 3, 4], rank="full", gate_rank=4, top_k=3, seed=0)
 def test_any_mixture_is_the_formula(parts, ranks, rank, gate_rank, top_k, seed):
     """Unequal ranks, untouched layers, experts that touched nothing: candidates are those that touched the layer."""
+    assume(any(parts))  # where no expert touches anything, the build is refused
     top_k = min(top_k, len(parts))
     experts = [
         fine_tune(BERT, seed + i, modules=sorted(p), rank=r, biases=False)

@@ -12,17 +12,22 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..errors import CoterieError
-from ..mixture.spec import MixtureSpec
-from ..recipe import read_recipe
+from ..recipe import Recipe, read_recipe
 from .finish import write_metadata
 from .memory import PeakMemory, release_freed_memory
 from .plan import Plan, make_plan
 from .prepare import prepare
 from .report import BuildReport
-from .stream import Stream, fit_layer
+from .stream import Stream
 from .writer import ShardWriter, whole_directory
 
 SHARD_BYTES = 5_000_000_000
+
+
+def _recipe(recipe: Any, keys: dict[str, Any]) -> Recipe:
+    if recipe is not None and keys:
+        raise CoterieError(f"{', '.join(keys)} given beside a recipe", "build", "put them into the recipe")
+    return read_recipe(keys if recipe is None else recipe)
 
 
 def plan(recipe: Any = None, token: str | None = None, **keys: Any) -> Plan:
@@ -30,8 +35,8 @@ def plan(recipe: Any = None, token: str | None = None, **keys: Any) -> Plan:
 
     Args and errors as in `build`.
     """
-    ready = prepare(read_recipe(keys if recipe is None else recipe), token)
-    return make_plan(ready.inputs, ready.method.name, ready.mixture, ready.sites, ready.warnings)
+    ready = prepare(_recipe(recipe, keys), token)
+    return make_plan(ready.inputs, ready.method.name, ready.mixture, ready.sites, ready.inputs.warnings)
 
 
 def build(
@@ -67,7 +72,7 @@ def build(
     """
     if out is None:
         raise CoterieError("no output directory given", "build", "give out=DIR")
-    given = read_recipe(keys if recipe is None else recipe)
+    given = _recipe(recipe, keys)
     out = Path(out)
     if os.path.lexists(out) and not force:
         raise CoterieError("exists already", str(out), "choose another directory, or give --force to replace it")
@@ -82,30 +87,28 @@ def build(
         type(inputs.skeleton.model).__name__,
         str(out),
         base_parameters=expected.base_parameters,
-        warnings=ready.warnings,
+        warnings=inputs.warnings,
+        left_out=inputs.left_out,
     )
     dtype = getattr(torch, given.dtype) if given.dtype else None
-    spec = MixtureSpec(ready.method.name, ready.parameters, given.names)
-    with PeakMemory() as memory, whole_directory(out, force, 0 if light else expected.bytes_written_low) as folder:
+    needed = 0 if light else expected.bytes_written_low
+    with PeakMemory() as memory, whole_directory(out, force, needed, inputs.folders) as folder:
         writer = ShardWriter(folder, max_shard_bytes, expected.tensor_names(len(given.experts)))
-        stream = Stream(inputs, writer, dtype, light, report)
+        stream = Stream(ready, writer, report, dtype, light, device)
         with _progress(console) as progress:
-            task = progress.add_task("layers", total=len(sites.layers) + len(sites.others) + len(sites.heads))
-            for path in sites.layers:
-                layer = inputs.skeleton.module(path)
-                stream.layer(path, fit_layer(ready.mixture, path, layer, inputs.base, inputs.experts, device), spec)
+            task = progress.add_task("layers", total=stream.steps)
+
+            def advance() -> None:
                 release_freed_memory()
                 progress.advance(task)
-            stream.others(sites, lambda: progress.advance(task))
-            stream.heads(sites, spec, lambda: progress.advance(task))
-        for expert in inputs.experts:
-            stream.account(expert)
+
+            stream.run(advance)
         writer.finish()
         report.bytes_read = sum(checkpoint.bytes_read for checkpoint in inputs.checkpoints.values())
         report.bytes_written, report.mixture_parameters = writer.total_bytes, stream.parameters
         report.seconds, report.peak_memory = time.monotonic() - started, memory.bytes
         report.conclude()
-        write_metadata(folder, inputs, spec, report, dtype, light)
+        write_metadata(folder, inputs, stream.spec, report, dtype, light)
     return report
 
 

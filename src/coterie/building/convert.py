@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,10 +40,10 @@ def convert(source: str | Path, out: str | Path, force: bool = False) -> int:
     if not pickles:
         raise CoterieError(f"holds no {pattern}", str(folder), "only such directories need conversion")
     written: set[str] = set()
-    with whole_directory(Path(out), force) as staging:
+    with whole_directory(Path(out), force, sources=[folder]) as staging:
         writer = ShardWriter(staging, 5_000_000_000, (name for file in pickles for name in _read(file)))
         for file in pickles:
-            storages: dict[tuple[int, int], str] = {}
+            storages: set[tuple[Any, ...]] = set()
             for name, tensor in _read(file).items():
                 if (
                     not isinstance(name, str)
@@ -49,16 +51,17 @@ def convert(source: str | Path, out: str | Path, force: bool = False) -> int:
                     or tensor.dtype not in DTYPES.values()
                 ):
                     raise CoterieError(f"holds {name!r}, which is no plain tensor", str(file), "export its state dict")
-                key = (tensor.data_ptr(), tensor.numel())
+                key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
                 if name in written or (tensor.numel() and key in storages):
                     continue
-                storages[key] = name
+                storages.add(key)
                 written.add(name)
                 writer.add(name, tensor)
         writer.finish(stem)
         for file in folder.iterdir():
             if file.is_file() and not file.name.endswith((".bin", ".bin.index.json", ".pt", ".pth", ".py", ".pkl")):
                 shutil.copyfile(file, staging / file.name)
+        (staging / "converted.json").write_text(json.dumps({"source": str(source), "tensors": len(written)}))
     return len(written)
 
 

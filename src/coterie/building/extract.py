@@ -39,6 +39,11 @@ def extract_expert(source: str | Path, name: str, out: str | Path, force: bool =
     if name not in handle.expert_names:
         raise CoterieError(f"no expert {name!r}", str(source), f"known: {', '.join(handle.expert_names)}")
     index = handle.expert_names.index(name)
+    bare = [n for n, m in model.named_modules() if is_mixture(m) and m.bias is None and m.bank.shape.bias]
+    if bare:
+        raise CoterieError(
+            f"{bare[0]!r} has no bias in the base, and the experts add one", str(source), "keep the mixture"
+        )
     handle.use_head(name)
     with torch.no_grad():
         for parent in list(model.modules()):
@@ -48,7 +53,7 @@ def extract_expert(source: str | Path, name: str, out: str | Path, force: bool =
                 elif isinstance(child, PerExpert):
                     parent._modules[leaf] = child.answering
     unguard(model.config)
-    with whole_directory(Path(out), force) as folder:
+    with whole_directory(Path(out), force, sources=[Path(model.name_or_path)]) as folder:
         model.save_pretrained(folder)
         copy_inputs(Path(model.name_or_path), folder)
         record = {"mixture": str(source), "expert": name, "method": handle.spec.method}

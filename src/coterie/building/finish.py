@@ -68,15 +68,15 @@ def write_metadata(
     folder: Path, inputs: Inputs, spec: MixtureSpec, report: BuildReport, dtype: torch.dtype | None, light: bool
 ) -> None:
     """Write everything of a mixture directory but its weights."""
-    base = inputs.base.checkpoint.location
-    print_of_base = inputs.base.fingerprint()
+    base = inputs.stored.checkpoint.location
+    print_of_base = inputs.stored.fingerprint()
     copy_inputs(base.path, folder)
     if light:
         spec.base = {"id": base.id, "revision": base.revision, "fingerprint": print_of_base}
     config = inputs.config
-    stored = next(i.dtype for i in inputs.base.checkpoint.tensors.values() if i.dtype.is_floating_point)
+    stored = next(i.dtype for i in inputs.stored.checkpoint.tensors.values() if i.dtype.is_floating_point)
     for each in (config, *nested_configs(config)):
-        each.dtype = str(dtype or stored).removeprefix("torch.")
+        each.dtype = str(dtype or config.dtype or stored).removeprefix("torch.")
     guard(config, spec)
     config.save_pretrained(folder)
     provenance = {

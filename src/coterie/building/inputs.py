@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import transformers
 from transformers import AutoConfig
 
 from ..errors import CoterieError
+from ..mixture.sites import outside_base
 from ..recipe import Recipe, nearest
 from ..sources.adapter import AdapterExpert
 from ..sources.checkpoint import Checkpoint
 from ..sources.experts import ExpertSource, FullExpert, shape_error
 from ..sources.locate import Location, locate
-from ..sources.names import Skeleton, View
+from ..sources.names import LiveSkeleton, ModuleView, Skeleton, View
 
 # AutoModel classes for the task types of PEFT adapters.
 _TASKS = {
@@ -31,19 +33,44 @@ LABELS = ("id2label", "label2id", "problem_type")
 
 @dataclass
 class Inputs:
-    """The opened sources of a build."""
+    """The opened sources of a build.
+
+    Attributes:
+        recipe: as validated.
+        config: the configuration of the mixture to be; None for a plain module.
+        labels: the base's own labels.
+        skeleton: the architecture.
+        base: the base under the names that its tensors bear in memory.
+        experts: the experts likewise.
+        left_out: source -> tensor on disk -> why the build does not use it.
+        warnings: what was seen on the way, a sentence each.
+    """
 
     recipe: Recipe
     config: Any
-    skeleton: Skeleton
-    base: View
+    labels: dict[str, Any]
+    skeleton: Skeleton | LiveSkeleton
+    base: View | ModuleView
     experts: list[ExpertSource]
+    left_out: dict[str, dict[str, str]]
     warnings: list[str]
+
+    @property
+    def stored(self) -> View:
+        """The base as a checkpoint, in a build from disk."""
+        if not isinstance(self.base, View):
+            raise TypeError("a live module has no files")
+        return self.base
+
+    @property
+    def folders(self) -> list[Path]:
+        """The directories that the build reads."""
+        return [checkpoint.location.path for checkpoint in self.checkpoints.values()]
 
     @property
     def checkpoints(self) -> dict[str, Checkpoint]:
         """Every source's files: "base", then the experts' names prefixed by "expert "."""
-        found = {"base": self.base.checkpoint}
+        found = {"base": self.base.checkpoint} if isinstance(self.base, View) else {}
         for expert in self.experts:
             if isinstance(expert, AdapterExpert):
                 found[f"expert {expert.name}"] = expert.checkpoint
@@ -67,6 +94,8 @@ def open_inputs(recipe: Recipe, token: str | None = None) -> Inputs:
     config = _config(where, architecture.config_class)
     full = {n: p for n, p in places.items() if not p.is_adapter}
     configs = {name: _config(place, architecture.config_class) for name, place in full.items()}
+    labels = {key: getattr(config, key, None) for key in LABELS}
+    notes = _config_notes(config, configs)
     if configs:  # the head that the mixture shows by default is the first full fine-tune's
         first = next(iter(configs.values()))
         config.id2label, config.label2id = dict(first.id2label), dict(first.label2id)
@@ -80,27 +109,96 @@ def open_inputs(recipe: Recipe, token: str | None = None) -> Inputs:
         ) from None
     base = View(Checkpoint.open(where), skeleton)
     base.untie()
-    _check_foreign(base, skeleton, f"base {recipe.base}")
-    notes: list[str] = []
+    left_out = {"base": _check_foreign(base, skeleton, f"base {recipe.base}")}
+    heads = head_paths(skeleton)
     experts: list[ExpertSource] = []
     for name, place in places.items():
         weight = recipe.experts[name].weight
         expert: ExpertSource
         if place.is_adapter:
-            expert = AdapterExpert(name, place, skeleton, weight)
+            expert = AdapterExpert(name, place, skeleton, weight, recipe.vocabulary == "base")
         else:
             expert = _full_expert(name, place, skeleton, base, weight, configs[name], recipe)
+            notes += _coverage_notes(expert, skeleton, base, heads)
         experts.append(expert)
+        left_out[f"expert {name}"] = expert.left_out
     notes += _tokenizer_notes(where, places)
     for name, tensor in skeleton.tensors.items():
         shape = base.shape(name) if name in base else None
-        if shape is not None and shape != tuple(tensor.shape) and name.rpartition(".")[0] not in _head_paths(skeleton):
+        if shape is not None and shape != tuple(tensor.shape) and name.rpartition(".")[0] not in heads:
             raise CoterieError(
                 f"tensor {name!r} has shape {list(shape)} and its config.json asks for {list(tensor.shape)}",
                 f"base {recipe.base}",
                 "restore the file",
             )
-    return Inputs(recipe, config, skeleton, base, experts, notes)
+    for source, names in left_out.items():
+        if any(why.startswith("not part of") for why in names.values()):
+            parts = sorted({name.split(".")[0] for name, why in names.items() if why.startswith("not part of")})
+            notes.append(
+                f"{source}: tensors under {', '.join(parts)} are not part of {architecture.__name__}, left out"
+            )
+    return Inputs(recipe, config, labels, skeleton, base, experts, left_out, notes)
+
+
+# Fields of a configuration that do not change what the body of a model computes in evaluation.
+_HARMLESS = (
+    "dropout",
+    "drop_path",
+    "_token_id",
+    "initializer",
+    "label",
+    "problem_type",
+    "dtype",
+    "version",
+    "name_or_path",
+    "architectures",
+    "use_cache",
+    "vocab_size",
+    "output_",
+    "return_dict",
+    "task_specific",
+    "finetuning_task",
+    "gradient_checkpointing",
+    "_attn_implementation",
+    "_experts_implementation",
+    "tie_word_embeddings",
+)
+
+
+def _config_notes(base: Any, experts: dict[str, Any]) -> list[str]:
+    """Settings in which an expert's model differs from the base's: the mixture computes with the base's."""
+    notes = []
+    ours = base.to_dict()
+    for name, config in experts.items():
+        theirs = config.to_dict()
+        differ = [
+            f"{key} ({theirs.get(key)!r}, the base's {ours.get(key)!r})"
+            for key in sorted({*ours, *theirs})
+            if ours.get(key) != theirs.get(key) and not any(part in key for part in _HARMLESS)
+        ]
+        if differ:
+            notes.append(
+                f"expert {name!r} was configured differently: {'; '.join(differ)}; the mixture runs as the base"
+            )
+    return notes
+
+
+def _coverage_notes(expert: ExpertSource, skeleton: Skeleton, base: View, heads: set[str]) -> list[str]:
+    """Tensors of the base that a full fine-tune does not hold count as unchanged, which is worth a word."""
+    lacking = [
+        name
+        for name in skeleton.tensors
+        if name in base
+        and not expert.has(name)
+        and name not in expert.left_out
+        and name not in skeleton.tied
+        and name.rpartition(".")[0] not in heads
+    ]
+    if not lacking:
+        return []
+    return [
+        f"expert {expert.name!r} lacks {len(lacking)} tensors of the base ({lacking[0]}, ...), which count as unchanged"
+    ]
 
 
 def _config(place: Location, config_class: Any = AutoConfig) -> Any:
@@ -172,7 +270,7 @@ def _full_expert(
     expert.left_out |= _check_foreign(view, skeleton, where)
     if not any(t in view for t in skeleton.tensors):
         raise CoterieError("shares no tensor with the base model", where, "use experts of this base")
-    heads = _head_paths(skeleton)
+    heads = head_paths(skeleton)
     for tensor in skeleton.tensors:
         if tensor not in view or tensor not in base or tensor.rpartition(".")[0] in heads:
             continue
@@ -183,7 +281,7 @@ def _full_expert(
             len(ours) == len(theirs)
             and ours[1:] == theirs[1:]
             and recipe.vocabulary == "base"
-            and _is_vocabulary(skeleton, tensor)
+            and skeleton.is_vocabulary(tensor)
         ):
             expert.left_out[tensor] = f"vocabulary of {theirs[0]} rows; the base's {ours[0]} are kept"
         else:
@@ -191,30 +289,24 @@ def _full_expert(
     return expert
 
 
-def _is_vocabulary(skeleton: Skeleton, name: str) -> bool:
-    module = skeleton.module(name.rpartition(".")[0])
-    return module in (skeleton.model.get_input_embeddings(), skeleton.model.get_output_embeddings())
-
-
-def _head_paths(skeleton: Skeleton) -> set[str]:
-    """Modules outside the base model: their shapes may differ from expert to expert."""
-    prefix = skeleton.model.base_model_prefix
+def head_paths(skeleton: Skeleton) -> set[str]:
+    """Modules outside the base model, output embeddings apart: their shapes may differ from expert to expert."""
     output = skeleton.model.get_output_embeddings()
-    if not prefix or not hasattr(skeleton.model, prefix):
-        return set()
+    outside = outside_base(skeleton.model)
     return {
         path
         for path, module in skeleton.model.named_modules()
-        if path and path.split(".")[0] != prefix and module is not output
+        if path.split(".")[0] in outside and module is not output
     }
 
 
 def _check_foreign(view: View, skeleton: Skeleton, where: str) -> dict[str, str]:
     """Account for the tensors that the architecture has no place for; refuse what should have one."""
-    left_out = {}
+    left_out = dict.fromkeys(view.doubled, "repeats a tensor that is held under another name too")
     for name in view.foreign:
         memory, _ = skeleton.in_memory(name)
         if skeleton.is_buffer(memory):
+            left_out[name] = "a buffer that the model makes by itself"
             continue
         if skeleton.belongs(memory):
             raise CoterieError(

@@ -21,13 +21,21 @@ def follow(
     `base` keeps the base's; `average` is the base plus the mean of the weighted deltas over all experts, those that do
     not touch it counting as zero.
 
+    Args:
+        name: the tensor's name in memory.
+        base: the base's value.
+        experts: all experts.
+        policy: `base` or `average`.
+        why: why the tensor is not part of a mixture layer, for the account.
+
     Returns:
         The base's tensor itself where nothing is added, else a float32 one; and the account.
 
     Raises:
         CoterieError: an integer buffer that differs between base and expert.
     """
-    followed = Followed(why, policy)
+    # A single tensor cannot be kept per expert: that takes a module of its own, which `prepare` makes a head.
+    followed = Followed(why, "base" if policy == "per_expert" else policy)
     total = torch.zeros_like(base, dtype=torch.float32) if policy == "average" else None
     for expert in experts:
         value = expert.value(name, base)
@@ -63,6 +71,12 @@ class Head:
     tensors: list[dict[str, torch.Tensor]] = field(default_factory=list)
     shape: HeadShape | None = None
 
+    def copy_of(self, expert: int) -> dict[str, torch.Tensor]:
+        """The tensors that serve an expert; empty where it has none."""
+        if self.shape is None:
+            return self.tensors[0]
+        return self.tensors[self.owners.index(expert)] if expert in self.owners else {}
+
     def named(self) -> dict[str, torch.Tensor]:
         """The tensors under their names in the mixture."""
         if self.shape is None:
@@ -76,7 +90,6 @@ def gather_head(
     base: Any,
     experts: list[ExpertSource],
     labels: list[dict[str, Any]],
-    always: bool = False,
 ) -> Head:
     """A module's copies: one per expert where they or their labels differ, else a single one.
 
@@ -88,7 +101,6 @@ def gather_head(
         base: view of the base model.
         experts: all experts.
         labels: per expert, the configuration fields of its head.
-        always: keep a copy per expert even where all are equal.
     """
     head = Head(path, [])
     for index, expert in enumerate(experts):
@@ -96,19 +108,20 @@ def gather_head(
         for leaf in wanted:
             name = f"{path}.{leaf}"
             mine = base.get(name) if name in base else None
-            try:
-                value = expert.value(name, mine)
-            except CoterieError:
-                value = expert.value(name, None)
+            value = expert.value(name, mine, any_shape=True)
             value = mine if value is None else value
             if value is not None:
                 copy[leaf] = value
         if len(copy) == len(wanted):
             head.owners.append(index)
             head.tensors.append(copy)
-        elif copy and any(expert.has(f"{path}.{leaf}") for leaf in wanted):
+        elif any(expert.has(f"{path}.{leaf}") for leaf in wanted):
             lacking = next(leaf for leaf in wanted if leaf not in copy)
-            raise CoterieError(f"tensor '{path}.{lacking}' is missing", f"expert {expert.name!r}", "fetch it again")
+            raise CoterieError(
+                f"it changes {path!r}, and neither it nor the base holds all of it ({path}.{lacking})",
+                f"expert {expert.name!r}",
+                "give a base that has this head, or an expert that brings it whole",
+            )
     if not head.owners:
         raise CoterieError(
             f"neither the base nor any expert has module {path!r}",
@@ -120,7 +133,7 @@ def gather_head(
         all(torch.equal(first[leaf], copy[leaf]) for leaf in wanted) and labels[i] == labels[head.owners[0]]
         for i, copy in zip(head.owners, head.tensors, strict=True)
     )
-    if equal and not always:
+    if equal:
         head.tensors = [first]
     else:
         head.shape = HeadShape(

@@ -104,7 +104,7 @@ class Plan:
 
 def make_plan(inputs: Inputs, method: str, mixture: Mixture, sites: Sites, warnings: list[str]) -> Plan:
     """Plan a build from what the headers say."""
-    skeleton, base, experts = inputs.skeleton, inputs.base, inputs.experts
+    skeleton, base, experts = inputs.skeleton, inputs.stored, inputs.experts
     layers = [_layer(inputs, mixture, path) for path in sites.layers]
     total = sum(t.numel() for n, t in skeleton.tensors.items() if n not in skeleton.tied and t.is_floating_point())
     dtype = getattr(torch, inputs.recipe.dtype) if inputs.recipe.dtype else None

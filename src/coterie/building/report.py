@@ -96,11 +96,20 @@ class BuildReport:
                 f"experts touch different layers ({counts} "
                 f"of {len(self.layers)}): where one does not, the others' deltas serve its tokens"
             )
-        unused = [name for name, f in self.others.items() if f.policy == "base" and f.changed_by]
-        if unused:
+        kept = {name: f for name, f in self.others.items() if f.policy == "base" and f.changed_by}
+        for name, followed in kept.items():
+            if followed.why.startswith(("output head", "tied to")):
+                self.warnings.append(
+                    f"{', '.join(followed.changed_by)} changed the output head {name}, and the mixture has the base's"
+                )
+        if kept:
             self.warnings.append(
-                f"{len(unused)} tensors that experts change follow the base (`others: base`); see the report's `others`"
+                f"{len(kept)} tensors that experts change follow the base; the report's `others` lists them"
             )
+        for source, names in self.left_out.items():
+            biases = sum(why.startswith("bias of") for why in names.values())
+            if biases:
+                self.warnings.append(f"{source}: {biases} biases are left out, for no score can choose them")
         wanted = self.parameters.get("rank")
         asked = max(wanted if isinstance(wanted, int) else 0, 0)
         clamped = [layer for layer in self.layers if any(isinstance(r, int) and r < asked for r in layer.ranks)]

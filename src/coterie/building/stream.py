@@ -2,47 +2,101 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
-from torch import nn
 
 from ..errors import CoterieError
 from ..experts.fit import FittedLayer
-from ..methods.registry import Mixture
 from ..mixture.layer import widths
-from ..mixture.sites import Sites, policy_of
+from ..mixture.sites import policy_of
 from ..mixture.spec import MixtureSpec
 from ..sources.experts import ExpertSource, same
-from .inputs import LABELS, Inputs
 from .others import Head, follow, gather_head
+from .prepare import Prepared
 from .report import BuildReport, Followed
-from .writer import ShardWriter
 
 
-def fit_layer(
-    mixture: Mixture, path: str, layer: nn.Module, base: Any, experts: list[ExpertSource], device: str
-) -> FittedLayer | None:
-    """One layer's bank: its deltas read, oriented (out, in), factorised. None where no expert changes the weight."""
-    weight = base.get(f"{path}.weight")
-    transposed = tuple(weight.shape) == widths(layer) and hasattr(layer, "nx")
-    bias = base.get(f"{path}.bias") if f"{path}.bias" in base else None
-    deltas = [expert.delta(path, weight, transposed) for expert in experts]
-    biases = [expert.bias(path, bias) for expert in experts]
-    oriented = (weight.T if transposed else weight).to(device)
-    moved = [None if delta is None else delta.to(device) for delta in deltas]
-    return mixture.experts.fit(path, oriented, moved, biases, [expert.weight for expert in experts])
+class Sink(Protocol):
+    """Where a build's tensors go: shards on disk, or a dict."""
+
+    def add(self, name: str, tensor: torch.Tensor) -> None: ...
 
 
 class Stream:
-    """The writing half of a build."""
+    """One pass over everything that a mixture holds.
+
+    Args:
+        ready: the prepared build.
+        sink: takes each tensor under its name on disk.
+        report: is filled on the way.
+        dtype: floating dtype of what is written; None for the base's, tensor by tensor.
+        light: write only what is not the base's.
+        device: where deltas are factorised.
+
+    Attributes:
+        spec: the mixture's structure, complete after `run`.
+        parameters: how many parameters the mixture has so far.
+    """
 
     def __init__(
-        self, inputs: Inputs, writer: ShardWriter, dtype: torch.dtype | None, light: bool, report: BuildReport
+        self,
+        ready: Prepared,
+        sink: Sink,
+        report: BuildReport,
+        dtype: torch.dtype | None = None,
+        light: bool = False,
+        device: str = "cpu",
     ):
-        self.inputs, self.writer, self.dtype, self.light, self.report = inputs, writer, dtype, light, report
+        self.ready, self.inputs, self.sites = ready, ready.inputs, ready.sites
+        self.sink, self.report, self.dtype, self.light, self.device = sink, report, dtype, light, device
+        names = self.inputs.recipe.names
+        self.spec = MixtureSpec(ready.method.name, ready.parameters, ready.mixture.routing, names)
         self.parameters = 0
-        self._kept: list[str] = []
+
+    @property
+    def steps(self) -> int:
+        """How often `run` calls `advance`."""
+        return len(self.sites.layers) + len(self.sites.others) + len(self.sites.heads)
+
+    def run(self, advance: Callable[[], Any]) -> None:
+        """Write everything; `advance` is called after each step.
+
+        Raises:
+            CoterieError: bad tensors, experts that change no layer, or a tensor of a source that is unaccounted for.
+        """
+        for path in self.sites.layers:
+            self._layer(path, self._fit(path))
+            advance()
+        if not self.spec.layers:
+            raise CoterieError(
+                "no expert changes the weight of a layer that may become a mixture layer: this would be the base",
+                "experts",
+                "check that these are the experts that you mean, and the include and exclude globs",
+            )
+        self._others(advance)
+        self._tied()
+        self._heads(advance)
+        self._account()
+
+    def _fit(self, path: str) -> FittedLayer | None:
+        """One layer's bank: deltas read, oriented (out, in), factorised; None where no expert changes the weight."""
+        base, experts = self.inputs.base, self.inputs.experts
+        weight = base.get(f"{path}.weight")
+        transposed = hasattr(self.inputs.skeleton.module(path), "nx")
+        if tuple(weight.shape) != widths(self.inputs.skeleton.module(path))[:: 1 if transposed else -1]:
+            raise CoterieError(f"tensor '{path}.weight' has shape {list(weight.shape)}", "base", "restore the file")
+        bias = base.get(f"{path}.bias") if f"{path}.bias" in base else None
+        deltas = [expert.delta(path, weight, transposed) for expert in experts]
+        biases = [expert.bias(path, bias) for expert in experts]
+        return self.ready.mixture.experts.fit(
+            path,
+            (weight.T if transposed else weight).to(self.device),
+            [None if delta is None else delta.to(self.device) for delta in deltas],
+            biases,
+            [expert.weight for expert in experts],
+        )
 
     def _cast(self, tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.dtype or like.dtype) if tensor.is_floating_point() else tensor
@@ -52,9 +106,9 @@ class Stream:
         if self.light and is_base:
             return
         for name, tensor in self.inputs.skeleton.on_disk(tensors).items():
-            self.writer.add(name, tensor)
+            self.sink.add(name, tensor)
 
-    def layer(self, path: str, fitted: FittedLayer | None, spec: MixtureSpec) -> None:
+    def _layer(self, path: str, fitted: FittedLayer | None) -> None:
         base = self.inputs.base
         weight = base.get(f"{path}.weight")
         name = f"{path}.weight" if fitted is None else f"{path}.base_weight"
@@ -65,9 +119,8 @@ class Stream:
             self.report.dense_layers.append(path)
             if bias is not None:
                 policy = policy_of(bias_name, self.inputs.recipe.others)
-                chosen = "average" if policy == "average" else "base"
                 value, followed = follow(
-                    bias_name, bias, self.inputs.experts, chosen, "bias of a layer that stays dense"
+                    bias_name, bias, self.inputs.experts, policy, "bias of a layer that stays dense"
                 )
                 self.report.others[bias_name] = followed
                 self._write({bias_name: self._cast(value, bias)}, is_base=value is bias)
@@ -77,20 +130,20 @@ class Stream:
         for i, expert in enumerate(self.inputs.experts):
             if i not in fitted.shape.experts and expert.bias(path, bias) is not None:
                 why = "bias of a layer whose weight only other experts change: no score can choose it"
-                self.report.left_out.setdefault(expert.name, {})[bias_name] = why
-        spec.layers[path] = fitted.shape
+                self.report.left_out.setdefault(f"expert {expert.name}", {})[bias_name] = why
+        self.spec.layers[path] = fitted.shape
         self.report.layers.append(fitted.report)
         self._write({f"{path}.bank.{name}": self._cast(t, weight) for name, t in fitted.tensors.items()})
 
-    def others(self, sites: Sites, advance: Any) -> None:
-        skeleton, base = self.inputs.skeleton, self.inputs.base
+    def _others(self, advance: Callable[[], Any]) -> None:
+        base, sites = self.inputs.base, self.sites
         done: set[str] = set()
         for name in sites.others:
             advance()
             if name in done:
                 continue
             group: dict[str, torch.Tensor] = {}
-            same = True
+            unchanged = True
             for member in base.together(name):
                 if member not in sites.others:
                     continue
@@ -100,78 +153,76 @@ class Stream:
                     member, value, self.inputs.experts, sites.others[member], sites.why_dense[member]
                 )
                 self.report.others[member] = followed
-                same = same and made is value
+                unchanged = unchanged and made is value
                 group[member] = self._cast(made, value)
-            self._write(group, is_base=same)
-        for tied, owner in skeleton.tied.items():
+            self._write(group, is_base=unchanged)
+
+    def _tied(self) -> None:
+        """What the base ties cannot differ: said where an expert unties it, refused where that would be wrong."""
+        for tied, owner in self.inputs.skeleton.tied.items():
+            if owner not in self.inputs.base:
+                continue
+            base = self.inputs.base.get(owner)
             for expert in self.inputs.experts:
-                self._check_tied(expert, tied, owner)
+                value, shared = expert.value(tied, base), expert.value(owner, base)
+                if expert.kind == "adapter":
+                    apart = expert.has(tied) != expert.has(owner)
+                else:
+                    apart = value is not None and not same(value, base if shared is None else shared)
+                if not apart:
+                    continue
+                if self.sites.others.get(owner) == "average":
+                    raise CoterieError(
+                        f"it changes {tied!r} and {owner!r} apart, which the base ties: their average has no place",
+                        f"expert {expert.name!r} ({expert.location})",
+                        f'keep the base\'s there, by a glob: `others: {{"{owner}": base, "*": average}}`',
+                    )
+                followed = Followed(f"tied to {owner} in the base", "base")
+                self.report.others.setdefault(tied, followed).changed_by.append(expert.name)
 
-    def _check_tied(self, expert: ExpertSource, tied: str, owner: str) -> None:
-        """An expert may have untied what the base ties: then its own value cannot be kept, and that is said."""
-        if not expert.has(tied) or owner not in self.inputs.base:
-            return
-        base = self.inputs.base.get(owner)
-        value, shared = expert.value(tied, base), expert.value(owner, base)
-        if value is not None and not same(value, base if shared is None else shared):
-            followed = self.report.others.setdefault(tied, Followed(f"tied to {owner} in the base", "base"))
-            followed.changed_by.append(expert.name)
-
-    def heads(self, sites: Sites, spec: MixtureSpec, advance: Any) -> None:
-        skeleton, experts = self.inputs.skeleton, self.inputs.experts
-        labels = [expert.labels for expert in experts]
+    def _heads(self, advance: Callable[[], Any]) -> None:
+        experts = self.inputs.experts
         found: list[Head] = []
-        for path in sites.heads:
+        for path in self.sites.heads:
             prefix = f"{path}."
-            wanted = {n.removeprefix(prefix): t for n, t in skeleton.tensors.items() if n.startswith(prefix)}
-            head = gather_head(path, wanted, self.inputs.base, experts, labels)
-            found.append(head)
-            self._kept.append(path)
+            tensors = self.inputs.skeleton.tensors
+            wanted = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+            found.append(gather_head(path, wanted, self.inputs.base, experts, [e.labels for e in experts]))
             advance()
-        self._label(found, labels)
         for head in found:
             if head.shape is not None:
-                spec.heads[head.path] = head.shape
-                self.report.heads[head.path] = [spec.experts[i] for i in head.owners]
+                self.spec.heads[head.path] = head.shape
+                self.report.heads[head.path] = [self.spec.experts[i] for i in head.owners]
             self._write({name: self._cast(t, t) for name, t in head.named().items()})
-        if found:
-            spec.labels = labels
-            config, first = self.inputs.config, labels[found[0].owners[0]]
+        if found and self.inputs.labels:
+            self.spec.labels = [self._labels(found, index) for index in range(len(experts))]
+            first = self.spec.labels[found[0].owners[0]]
+            config = self.inputs.config
             config.id2label = {int(k): v for k, v in first["id2label"].items()}
             config.label2id, config.problem_type = dict(first["label2id"]), first["problem_type"]
 
-    def _label(self, heads: list[Head], labels: list[dict[str, Any]]) -> None:
-        """Adapters name no labels: they have the base's, or as many numbered ones as their head has rows."""
-        config = self.inputs.config
-        own = {key: getattr(config, key, None) for key in LABELS}
-        for index, given in enumerate(labels):
-            if given:
-                continue
-            given |= own
-            for head in heads:
-                rows = [t for leaf, t in self._copy(head, index).items() if leaf.endswith("weight")]
-                outputs = rows[-1].shape[0] if rows else 0
-                expected = self.inputs.skeleton.module(head.path).state_dict()
-                before = [t.shape[0] for leaf, t in expected.items() if leaf.endswith("weight")]
-                if rows and before and outputs != before[-1]:
-                    given["id2label"] = {i: f"LABEL_{i}" for i in range(outputs)}
-                    given["label2id"] = {f"LABEL_{i}": i for i in range(outputs)}
+    def _labels(self, heads: list[Head], index: int) -> dict[str, Any]:
+        """An expert's labels; an adapter's are the base's, or numbered where its head has other rows."""
+        labels = self.inputs.experts[index].labels or dict(self.inputs.labels)
+        for head in heads:
+            rows = [t.shape[0] for leaf, t in head.copy_of(index).items() if leaf.endswith("weight")]
+            usual = [
+                t.shape[0] for n, t in self.inputs.skeleton.module(head.path).state_dict().items() if "weight" in n
+            ]
+            if rows and rows[-1] != usual[-1] and len(labels["id2label"]) != rows[-1]:
+                labels["id2label"] = {i: f"LABEL_{i}" for i in range(rows[-1])}
+                labels["label2id"] = {f"LABEL_{i}": i for i in range(rows[-1])}
+        return labels
 
-    @staticmethod
-    def _copy(head: Head, index: int) -> dict[str, torch.Tensor]:
-        if head.shape is None:
-            return head.tensors[0]
-        return head.tensors[head.owners.index(index)] if index in head.owners else {}
-
-    def account(self, expert: ExpertSource) -> None:
+    def _account(self) -> None:
         """Every tensor of a source is used or on the list of what is left out; anything else stops the build."""
-        if expert.left_out:
-            self.report.left_out.setdefault(expert.name, {}).update(expert.left_out)
         known = {*self.report.others, *self.inputs.skeleton.tied}
-        for layer in self.report.layers:
-            known |= {f"{layer.path}.weight", f"{layer.path}.bias"}
-        known |= {f"{path}.{leaf}" for path in self.report.dense_layers for leaf in ("weight", "bias")}
+        paths = [*(layer.path for layer in self.report.layers), *self.report.dense_layers]
+        known |= {f"{path}.{leaf}" for path in paths for leaf in ("weight", "bias")}
         for name in self.inputs.skeleton.tensors:
-            inside = any(name.startswith(f"{path}.") for path in self._kept)
-            if expert.has(name) and name not in known and not inside:
-                raise CoterieError(f"tensor {name!r} is unaccounted for", f"expert {expert.name!r}", "report this")
+            if name in known or any(name.startswith(f"{path}.") for path in self.sites.heads):
+                continue
+            holder = next((e for e in self.inputs.experts if isinstance(e, ExpertSource) and e.has(name)), None)
+            if holder is not None or name in self.inputs.base:
+                where = f"expert {holder.name!r}" if holder is not None else "base"
+                raise CoterieError(f"tensor {name!r} is unaccounted for", where, "report this as a defect of coterie")

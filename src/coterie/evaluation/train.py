@@ -92,7 +92,7 @@ def train_all(
     """
     missing = [i for i, job in enumerate(jobs) if not (job.directory(cache) / RECORD).exists()]
     unique = list({jobs[i].key: i for i in reversed(missing)}.values())[::-1]
-    workers = min(len(unique), workers or (1 if device != "cpu" else len(os.sched_getaffinity(0))))
+    workers = min(len(unique), workers or (1 if device != "cpu" else (os.cpu_count() or 1)))
     say = report or (lambda index, step, loss: None)
     if workers <= 1:
         for i in unique:

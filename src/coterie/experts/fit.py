@@ -24,7 +24,8 @@ class LayerReport:
         d_in, d_out: its widths.
         ranks: per expert of the mixture: the rank kept, "dense", or None where it does not touch the layer.
         gate_rank: leading directions that score each candidate.
-        residuals: per expert, `|delta - kept| / |delta|` in Frobenius norm, measured.
+        residuals: per expert, `|delta - kept| / |delta|` in Frobenius norm, measured in float64, before what is kept
+            is rounded to the dtype that is written.
         norms: per expert, `|delta| / |W|`.
         overlap: mean over pairs of `|V_i V_j^T|_F^2 / g` between gate subspaces; None with fewer than two candidates.
         parameters: parameters of the bank.
@@ -92,16 +93,16 @@ class TruncatedSVD:
             The bank, or None where no expert changes the weight (a lone expert may change the bias alone).
         """
         d_out, d_in = weight.shape
-        if len(deltas) == 1 and deltas[0] is None and biases[0] is not None:
-            candidates = [0]
-        else:
-            candidates = [i for i, delta in enumerate(deltas) if delta is not None]
-        if not candidates:
-            return None
         wanted = (
             self.gate_rank if self.rank == "dense" else None if self.rank == "full" else max(self.rank, self.gate_rank)
         )
-        factors = [_factors(deltas[i], wanted, weight) for i in candidates]
+        found = {i: factorise(delta, wanted) for i, delta in enumerate(deltas) if delta is not None}
+        found = {i: factors for i, factors in found.items() if factors.rank}
+        if len(deltas) == 1 and not found and biases[0] is not None:
+            found = {0: _nothing(d_out, d_in)}
+        if not found:
+            return None
+        candidates, factors = list(found), list(found.values())
         several = len(candidates) > 1
         gate_rank = min(self.gate_rank, *(f.rank for f in factors)) if several else 0
         dense = self.rank == "dense"
@@ -152,10 +153,8 @@ class TruncatedSVD:
         return FittedLayer(shape, tensors, report)
 
 
-def _factors(delta: Delta | None, rank: int | None, weight: torch.Tensor) -> Factors:
-    if delta is not None:
-        return factorise(delta, rank)
-    d_out, d_in = weight.shape
+def _nothing(d_out: int, d_in: int) -> Factors:
+    """The factors of a delta that is zero."""
     empty = torch.zeros(0, dtype=torch.float64)
     return Factors(empty.new_zeros(d_out, 0), empty, empty.new_zeros(0, d_in), 0.0, 0)
 

@@ -13,19 +13,20 @@ from pydantic import ConfigDict, ValidationError, create_model
 from ..errors import CoterieError
 from ..experts.fit import TruncatedSVD
 from ..recipe import nearest
+from ..routing.router import Routing
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """An assembly: where experts come from, and how many answer.
+    """An assembly: where experts come from, and how a layer routes to them.
 
     Attributes:
         experts: makes a layer's bank from the experts' deltas.
-        top_k: how many experts answer a token.
+        routing: score and selection.
     """
 
     experts: TruncatedSVD
-    top_k: int
+    routing: Routing
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from ..experts.fit import TruncatedSVD
+from ..routing.router import Routing
 from .registry import Mixture, method
 
 if TYPE_CHECKING:
@@ -24,7 +25,10 @@ def assemble(
     top_k: Annotated[int, Field(ge=1, description="experts that answer a token")] = 1,
 ) -> Mixture:
     """Experts are truncated SVDs of the deltas; a token goes where its energy lies. No data, no training."""
-    return Mixture(experts=TruncatedSVD(rank, gate_rank), top_k=top_k)
+    return Mixture(
+        experts=TruncatedSVD(rank, gate_rank),
+        routing=Routing(score="subspace_energy", select="top_k", k=top_k),
+    )
 
 
 def smile(base: nn.Module, experts: dict[str, nn.Module], **options: Any) -> Any:

@@ -63,6 +63,7 @@ class Handle:
         """Select an expert's head, and with it `num_labels`, `id2label`, `label2id` and `problem_type`.
 
         For good as a call, for a block in a `with` statement. Modules that `others: per_expert` keeps follow along.
+        The selection is the model's: threads that share a model share it.
 
         Raises:
             CoterieError: no such expert, or it brought no head.

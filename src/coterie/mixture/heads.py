@@ -12,8 +12,8 @@ from torch import nn
 from ..errors import CoterieError
 
 
-class PerExpert(nn.ModuleList):
-    """One module per expert that has it; calls go to the selected one.
+class PerExpert(nn.Module):
+    """One module per expert that has it, as children 0, 1, ...; calls go to the selected one.
 
     Attributes:
         owners: index of the expert that each copy belongs to.
@@ -21,7 +21,9 @@ class PerExpert(nn.ModuleList):
     """
 
     def __init__(self, copies: Iterable[nn.Module], owners: list[int]):
-        super().__init__(copies)
+        super().__init__()
+        for i, each in enumerate(copies):
+            self.add_module(str(i), each)
         self.owners = owners
         self.selected: int | None = 0
 
@@ -32,7 +34,7 @@ class PerExpert(nn.ModuleList):
     def answering(self) -> nn.Module:
         if self.selected is None:
             raise CoterieError("the selected expert has no such module", "use_head", "select another expert")
-        return self[self.selected]
+        return self.get_submodule(str(self.selected))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.answering(*args, **kwargs)

@@ -64,7 +64,14 @@ class CoterieLoader(HfQuantizer):
                 model.name_or_path,
                 f"load it as {(model.config.architectures or ['its own class'])[0]}",
             )
-        insert(model, spec)
+        try:
+            insert(model, spec)
+        except (AttributeError, KeyError) as error:
+            raise CoterieError(
+                f"its structure does not fit a {type(model).__name__} ({error})",
+                model.name_or_path,
+                f"load it as {(model.config.architectures or ['its own class'])[0]}",
+            ) from None
 
     def postprocess_model(self, model: Any, **kwargs: Any) -> None:
         from .handle import attach

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..experts.bank import Bank, BankShape
-from ..routing.energy import SubspaceEnergy
+from ..routing.router import Router, Routing
 
 
 class _Mixture(nn.Module):
@@ -20,7 +20,7 @@ class _Mixture(nn.Module):
     """
 
     bank: Bank
-    router: SubspaceEnergy
+    router: Router
     base_weight: nn.Parameter
 
     @property
@@ -55,13 +55,13 @@ def widths(layer: Any) -> tuple[int, int]:
     return int(d_in), int(d_out)
 
 
-def add_experts(layer: Any, shape: BankShape, top_k: int, tensors: dict[str, torch.Tensor] | None = None) -> Any:
+def add_experts(layer: Any, shape: BankShape, routing: Routing, tensors: dict[str, torch.Tensor] | None = None) -> Any:
     """A mixture layer that shares the parameters of `layer`, which itself stays as it is.
 
     Args:
         layer: an `nn.Linear` or a `Conv1D`, of exactly that type.
         shape: what the bank holds.
-        top_k: how many experts answer.
+        routing: how the layer routes.
         tensors: the bank's parameters by name; left empty (for the loader to fill) where None.
     """
     mixture = MIXTURE_OF[type(layer)].__new__(MIXTURE_OF[type(layer)])
@@ -73,7 +73,7 @@ def add_experts(layer: Any, shape: BankShape, top_k: int, tensors: dict[str, tor
     for name, tensor in (tensors or {}).items():
         getattr(bank, name).data = tensor.to(layer.weight)
     mixture.bank = bank
-    mixture.router = SubspaceEnergy(bank.widths(), shape.gate_rank, min(top_k, len(shape.experts)))
+    mixture.router = routing.router(bank.widths(), shape.gate_rank)
     return mixture
 
 

@@ -13,7 +13,8 @@ def load(source: str, **kwargs: Any) -> Any:
 
     Args:
         source: a mixture directory, or a Hub id (`id@revision`).
-        **kwargs: what `from_pretrained` takes (`dtype`, `device_map`, `token`, ...).
+        **kwargs: what `from_pretrained` takes (`dtype`, `device_map`, `token`, ...), and for a light mixture `base`,
+            where its base is if it has moved.
 
     Returns:
         The model, of the transformers class that it was built as.
@@ -35,12 +36,15 @@ def load(source: str, **kwargs: Any) -> Any:
             str(source),
             "upgrade transformers",
         )
+    base = kwargs.pop("base", None)
     if not spec.get("base"):
+        if base is not None:
+            raise CoterieError("holds its own base", str(source), "leave out base=")
         return cls.from_pretrained(location.path, **kwargs)
 
     from .light import read_light
 
-    config, tensors = read_light(location, cls, spec["base"], kwargs.pop("base", None), kwargs.get("token"))
+    config, tensors = read_light(location, cls, spec["base"], base, kwargs.get("token"))
     model = cls.from_pretrained(None, config=config, state_dict=tensors, **kwargs)
     model.name_or_path = model.config.name_or_path = str(location.path)
     return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -39,6 +40,8 @@ def choose_sites(
     modules: Modules,
     others: str | Mapping[str, str],
     called: set[str] | None,
+    tied: Mapping[str, str],
+    notes: list[str],
 ) -> Sites:
     """Sort a model's tensors.
 
@@ -48,22 +51,27 @@ def choose_sites(
         modules: the recipe's include and exclude globs.
         others: the recipe's policy for everything that is not a mixture layer.
         called: linear layers that a probe forward called; None where there was no probe.
+        tied: name of a tied tensor -> name of the tensor that it shares.
+        notes: gets a sentence for every glob that matches nothing.
 
     Raises:
         CoterieError: the base lacks a tensor that belongs to no module, or no layer is left.
     """
     sites = Sites()
-    state = model.state_dict(keep_vars=True)
-    tied = {
-        name: owner
-        for name, owner in getattr(model, "all_tied_weights_keys", {}).items()
-        if state[name] is state[owner] or state[name].is_meta
-    }
     tied_names = set(tied) | set(tied.values())
     unsaved = set(getattr(model, "_keys_to_ignore_on_save", None) or [])
-    tensors = {name: t for name, t in state.items() if name not in tied and name not in unsaved}
+    tensors = {name: t for name, t in model.state_dict().items() if name not in tied and name not in unsaved}
+    linears = [path for path, module in model.named_modules() if type(module) in MIXTURE_OF]
+    for kind, globs, names in (
+        ("include", modules.include, linears),
+        ("exclude", modules.exclude, linears),
+        ("others", [] if isinstance(others, str) else list(others), list(tensors)),
+    ):
+        unmatched = [g for g in globs if g not in ("*", "*lm_head*") and not any(fnmatchcase(n, g) for n in names)]
+        if unmatched:
+            notes.append(f"{kind}: no name matches {', '.join(map(repr, unmatched))}")
     sites.heads = _heads(model, missing, tied_names, tensors)
-    outside = _outside_base(model)
+    outside = outside_base(model)
     output = _output_paths(model)
     seen: dict[int, str] = {}
     taken: set[str] = set()
@@ -116,12 +124,24 @@ def _inside(name: str, paths: list[str] | set[str]) -> bool:
     return any(name == path or name.startswith(path + ".") for path in paths)
 
 
-def _outside_base(model: nn.Module) -> list[str]:
-    """Children of a model with a head that are not its base model: `classifier`, `lm_head`, ..."""
+def outside_base(model: nn.Module) -> list[str]:
+    """Children of a model with a head that are not its base model's: `classifier`, `lm_head`, `qa_outputs`, ..."""
     prefix = getattr(model, "base_model_prefix", "")
-    if not prefix or not isinstance(getattr(model, prefix, None), nn.Module):
+    children = [name for name, _ in model.named_children()]
+    if prefix and isinstance(getattr(model, prefix, None), nn.Module):
+        return [name for name in children if name != prefix]
+    # Some classes (CLIPForImageClassification, T5ForQuestionAnswering) hold their base's children beside their head.
+    from transformers import AutoModel, PreTrainedModel
+    from transformers.initialization import no_init_weights
+
+    if not isinstance(model, PreTrainedModel) or type(model.config) not in AutoModel._model_mapping:
         return []
-    return [name for name, _ in model.named_children() if name != prefix]
+    base = AutoModel._model_mapping[type(model.config)]
+    if isinstance(base, tuple) or type(model) is base:
+        return []
+    with torch.device("meta"), no_init_weights():
+        own = {name for name, _ in base(copy.deepcopy(model.config)).named_children()}
+    return [name for name in children if name not in own]
 
 
 def _output_paths(model: nn.Module) -> set[str]:
@@ -134,7 +154,7 @@ def _heads(model: nn.Module, missing: set[str], tied: set[str], tensors: dict[st
     output = _output_paths(model)
     heads = [
         path
-        for path in _outside_base(model)
+        for path in outside_base(model)
         if any(_inside(name, [path]) for name in tensors)
         and not any(_inside(o, [path]) for o in output)
         and not any(_inside(name, [path]) for name in tied)

@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import nn
 
+from ..errors import CoterieError
 from ..experts.bank import BankShape
+from ..routing.router import Routing
 from .heads import per_expert
 from .layer import add_experts, replace
 
@@ -29,6 +31,7 @@ class MixtureSpec:
     Attributes:
         method: the registered method that built it.
         parameters: the method's parameters.
+        routing: score and selection of its layers.
         experts: the experts' names, in order.
         layers: module path -> what its bank holds.
         heads: module path -> the copies that are kept per expert.
@@ -38,6 +41,7 @@ class MixtureSpec:
 
     method: str
     parameters: dict[str, Any]
+    routing: Routing
     experts: list[str]
     layers: dict[str, BankShape] = field(default_factory=dict)
     heads: dict[str, HeadShape] = field(default_factory=dict)
@@ -49,6 +53,7 @@ class MixtureSpec:
             "format": FORMAT,
             "method": self.method,
             "parameters": self.parameters,
+            "routing": self.routing.to_dict(),
             "experts": self.experts,
             "layers": {path: shape.to_dict() for path, shape in self.layers.items()},
             "heads": {path: {"owners": h.owners, "shapes": h.shapes} for path, h in self.heads.items()},
@@ -58,9 +63,14 @@ class MixtureSpec:
 
     @classmethod
     def from_dict(cls, spec: dict[str, Any]) -> MixtureSpec:
+        if spec["format"] != FORMAT:
+            raise CoterieError(
+                f"its format is {spec['format']} and this coterie reads {FORMAT}", "config.json", "upgrade coterie"
+            )
         return cls(
             spec["method"],
             spec["parameters"],
+            Routing(**spec["routing"]),
             spec["experts"],
             {path: BankShape.from_dict(shape) for path, shape in spec["layers"].items()},
             {path: HeadShape(h["owners"], h["shapes"]) for path, h in spec["heads"].items()},
@@ -79,6 +89,6 @@ def insert(model: nn.Module, spec: MixtureSpec, tensors: dict[str, dict[str, Any
     """
     for path, shape in spec.layers.items():
         given = tensors[path] if tensors is not None else None
-        replace(model, path, add_experts(model.get_submodule(path), shape, spec.parameters["top_k"], given))
+        replace(model, path, add_experts(model.get_submodule(path), shape, spec.routing, given))
     for path, head in spec.heads.items():
         replace(model, path, per_expert(model.get_submodule(path), head.owners, head.shapes))

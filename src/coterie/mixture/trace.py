@@ -18,7 +18,15 @@ class RoutingTrace(dict[str, torch.Tensor]):
     A layer that sees one vector per example (a pooler) has one token.
     """
 
-    batch: int = 1
+    batches: list[int]
+
+    def shaped(self, gates: torch.Tensor) -> torch.Tensor:
+        """Gates as (batch, tokens, E): a layer may see its tokens flat, or in windows of an example."""
+        rows = gates.numel() // gates.shape[-1]
+        batch = gates.shape[0] if gates.ndim > 2 else rows
+        if batch not in self.batches:
+            batch = next((b for b in self.batches if b and rows % b == 0), 1)
+        return gates.reshape(batch, -1, gates.shape[-1])
 
 
 @contextmanager
@@ -37,16 +45,13 @@ def routing_trace(model: Any) -> Iterator[RoutingTrace]:
     def begin(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         trace.clear()
         tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.ndim]
-        trace.batch = tensors[0].shape[0] if tensors else 1
+        trace.batches = [tensor.shape[0] for tensor in tensors] or [1]
 
     def recorder(name: str, experts: tuple[int, ...]) -> Any:
         def record(_module: nn.Module, _args: Any, gates: torch.Tensor) -> None:
             whole = gates.new_zeros(*gates.shape[:-1], total)
             whole[..., list(experts)] = gates.detach()
-            rows = whole.numel() // total
-            trace[name] = (
-                whole.reshape(trace.batch, -1, total) if rows % trace.batch == 0 else whole.reshape(1, -1, total)
-            )
+            trace[name] = trace.shaped(whole)
 
         return record
 

@@ -13,24 +13,19 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import CoterieError
 from .checkpoint import Checkpoint
 from .delta import Delta, Dense, LowRank
-from .experts import ExpertSource, shape_error
+from .experts import ExpertSource, same, shape_error
 from .locate import Location
 from .names import Skeleton
 
-# What a LoraConfig can ask for that is not `W + scale B A`, and so cannot be read as factors.
-_UNREADABLE = (
-    "use_qalora",
-    "layer_replication",
-    "trainable_token_indices",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "velora_config",
-    "monteclora_config",
-    "kasa_config",
-    "use_bdlora",
-    "target_parameters",
-    "lora_ga_config",
-)
+# The keys of a LoraConfig that are read here, or that say nothing of what the trained adapter computes. Any other key
+# that is set may mean something else than `W + scale B A`, and is refused.
+_READABLE = {
+    "peft_type", "task_type", "base_model_name_or_path", "revision", "auto_mapping", "peft_version",
+    "inference_mode", "runtime_config", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora",
+    "use_dora", "bias", "lora_bias", "modules_to_save", "fan_in_fan_out", "init_lora_weights", "lora_dropout",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "ensure_weight_tying",
+    "megatron_config", "megatron_core", "eva_config", "corda_config", "loftq_config", "qalora_group_size",
+}  # fmt: skip
 # Initialisations that subtract the adapter from the base: such an adapter does not belong to the base as published.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -44,10 +39,13 @@ class AdapterExpert(ExpertSource):
 
     kind = "adapter"
 
-    def __init__(self, name: str, location: Location, skeleton: Skeleton, weight: float = 1.0):
+    def __init__(
+        self, name: str, location: Location, skeleton: Skeleton, weight: float = 1.0, keep_vocabulary: bool = False
+    ):
         config = location.json("adapter_config.json") or {}
         super().__init__(name, weight, {})
         self.location, self.skeleton, self.config = str(location.path), skeleton, config
+        self._keep_vocabulary = keep_vocabulary
         self._check()
         self.checkpoint = Checkpoint.open(location, stem="adapter_model")
         self._parts: dict[str, dict[str, str]] = {}  # module path -> {lora_A, lora_B, ...: name on disk}
@@ -65,25 +63,26 @@ class AdapterExpert(ExpertSource):
         kind = self.config.get("peft_type")
         if kind != "LORA":
             raise self._refuse(f"its type is {kind!r}, and only LORA (and DoRA) is a low-rank delta", "merge it first")
-        for key in _UNREADABLE:
-            if self.config.get(key):
-                raise self._refuse(f"it uses {key!r}, which is not a plain low-rank delta", "merge it into its base")
+        for key, value in self.config.items():
+            if value and key not in _READABLE:
+                raise self._refuse(
+                    f"it uses {key!r}, which is not known to be a plain low-rank delta", "merge it first"
+                )
         start = str(self.config.get("init_lora_weights", True)).lower()
         if start.startswith(_CHANGES_BASE):
             raise self._refuse(
                 f"it was initialised by {start!r}, which also changes the base",
                 "convert it (PEFT: path_initial_model_for_weight_conversion) or merge it into its base",
             )
-        for key, kind_ in (("r", int), ("lora_alpha", (int, float))):
-            value = self.config.get(key)
-            if isinstance(value, bool) or not isinstance(value, kind_) or not value > 0 or not math.isfinite(value):
-                raise self._refuse(f"{key!r} is {value!r} in adapter_config.json", "restore a positive number")
+        patterns = []
         for key in ("alpha_pattern", "rank_pattern"):
             pattern = self.config.get(key) or {}
-            if not isinstance(pattern, dict) or not all(
-                isinstance(v, (int, float)) and not isinstance(v, bool) for v in pattern.values()
-            ):
-                raise self._refuse(f"{key!r} is no mapping to numbers in adapter_config.json", "restore it")
+            if not isinstance(pattern, dict):
+                raise self._refuse(f"{key!r} is no mapping in adapter_config.json", "restore it")
+            patterns += [(f"{key}.{name}", number) for name, number in pattern.items()]
+        for key, value in [("r", self.config.get("r")), ("lora_alpha", self.config.get("lora_alpha")), *patterns]:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e9:
+                raise self._refuse(f"{key!r} is {value!r} in adapter_config.json", "restore a positive number")
 
     def _place(self, disk: str) -> None:
         name = disk.removeprefix("base_model.model.")
@@ -101,7 +100,13 @@ class AdapterExpert(ExpertSource):
         name = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
         memory, pattern = self.skeleton.in_memory(name)
         if memory in self.skeleton.tensors and pattern is None:
-            self._values[memory] = disk
+            ours, theirs = self.skeleton.tensors[memory].shape, self.checkpoint.tensors[disk].shape
+            if ours != theirs and self._keep_vocabulary and self.skeleton.is_vocabulary(memory):
+                self.left_out[disk] = f"vocabulary of {theirs[0]} rows; the base's {ours[0]} are kept"
+            elif memory in self._values:
+                raise self._refuse(f"{disk!r} and {self._values[memory]!r} are one tensor", "remove one of them")
+            else:
+                self._values[memory] = disk
         elif self.skeleton.belongs(name):
             raise self._refuse(f"tensor {disk!r} has no place in the base model", "use the base it was trained on")
         else:
@@ -141,6 +146,8 @@ class AdapterExpert(ExpertSource):
         module = self.skeleton.module(path)
         if isinstance(module, (Conv1D, nn.Embedding)):
             weight = weight[::-1]
+        if "lora_magnitude_vector" in parts and not isinstance(module, (nn.Linear, Conv1D)):
+            raise self._refuse(f"it is DoRA on {path!r}, which is no linear layer", "merge it into its base")
         fits = (
             len(up) == len(down) == len(weight) and up[0] == weight[0] and down[1:] == weight[1:] and up[1] == down[0]
         )
@@ -160,10 +167,10 @@ class AdapterExpert(ExpertSource):
             or (leaf == "bias" and "lora_B_bias" in low_rank)
         )
 
-    def value(self, name: str, base: torch.Tensor | None) -> torch.Tensor | None:
+    def value(self, name: str, base: torch.Tensor | None, any_shape: bool = False) -> torch.Tensor | None:
         path, _, leaf = name.rpartition(".")
         value = self.checkpoint.read(self._values[name]) if name in self._values else None
-        if value is not None and base is not None and value.shape != base.shape:
+        if value is not None and base is not None and value.shape != base.shape and not any_shape:
             raise shape_error(name, tuple(value.shape), tuple(base.shape), self)
         parts = self._parts.get(path, {})
         start = value if value is not None else base
@@ -194,7 +201,7 @@ class AdapterExpert(ExpertSource):
             if value.shape != base.shape:
                 raise shape_error(name, tuple(value.shape), tuple(base.shape), self)
             matrix = value.float() - base.float()
-            return Dense(matrix.T if transposed else matrix) if matrix.any() else None
+            return None if same(value, base) else Dense(matrix.T if transposed else matrix)
         low_rank = self._factors(path)
         if (
             "lora_magnitude_vector" in parts
@@ -202,7 +209,9 @@ class AdapterExpert(ExpertSource):
             weight = (base.T if transposed else base).double()
             tuned = weight + low_rank.up @ low_rank.down
             magnitude = self.checkpoint.read(parts["lora_magnitude_vector"]).double().reshape(-1, 1)
-            return Dense(tuned * (magnitude / torch.linalg.vector_norm(tuned, dim=1, keepdim=True)) - weight)
+            change = tuned * (magnitude / torch.linalg.vector_norm(tuned, dim=1, keepdim=True)) - weight
+            # An untrained DoRA leaves the rounding of its stored magnitudes, and no delta.
+            return Dense(change) if change.norm() > torch.finfo(torch.float32).eps * 10 * weight.norm() else None
         return low_rank if low_rank.up.any() and low_rank.down.any() else None
 
     def bias(self, path: str, base: torch.Tensor | None) -> torch.Tensor | None:

@@ -113,9 +113,9 @@ class Checkpoint:
         except (SafetensorError, OSError, RuntimeError) as error:
             raise CoterieError(f"tensor {name!r} cannot be read ({error})", str(info.file), "fetch it again") from None
         if name not in self.sha256:
+            require_finite(tensor, name, str(info.file))
             self.sha256[name] = digest(tensor)
             self.bytes_read += info.bytes
-            require_finite(tensor, name, str(info.file))
         return tensor
 
 

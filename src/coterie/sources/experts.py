@@ -36,8 +36,14 @@ class ExpertSource(ABC):
         """Whether the source says anything of this tensor."""
 
     @abstractmethod
-    def value(self, name: str, base: torch.Tensor | None) -> torch.Tensor | None:
-        """The expert's value of a tensor (None where the source says nothing of it)."""
+    def value(self, name: str, base: torch.Tensor | None, any_shape: bool = False) -> torch.Tensor | None:
+        """The expert's value of a tensor (None where the source says nothing of it).
+
+        Args:
+            name: the tensor's name in memory.
+            base: the base's value, where it has one; what an adapter changes is added to it.
+            any_shape: whether the shape may differ from the base's (task heads).
+        """
 
     @abstractmethod
     def delta(self, path: str, base: torch.Tensor, transposed: bool) -> Delta | None:
@@ -76,11 +82,11 @@ class FullExpert(ExpertSource):
     def has(self, name: str) -> bool:
         return name in self.view and name not in self.left_out
 
-    def value(self, name: str, base: torch.Tensor | None) -> torch.Tensor | None:
+    def value(self, name: str, base: torch.Tensor | None, any_shape: bool = False) -> torch.Tensor | None:
         if not self.has(name):
             return None
         value = self.view.get(name)
-        if base is not None and value.shape != base.shape:
+        if base is not None and value.shape != base.shape and not any_shape:
             raise shape_error(name, tuple(value.shape), tuple(base.shape), self)
         return value
 
@@ -96,8 +102,14 @@ class FullExpert(ExpertSource):
 
 
 def same(value: torch.Tensor, base: torch.Tensor) -> bool:
-    """Whether two tensors hold the same numbers, compared in the wider of their dtypes."""
+    """Whether an expert's tensor is the base's.
+
+    An expert that is stored in a narrower dtype than the base is compared after the base is rounded as it was: the
+    rounding of what it never changed is no delta. Otherwise the two are compared in the wider dtype.
+    """
     wide = torch.promote_types(value.dtype, base.dtype)
+    if value.dtype != base.dtype and wide == base.dtype:
+        return torch.equal(value, base.to(value.dtype))
     return torch.equal(value.to(wide), base.to(wide))
 
 
@@ -106,5 +118,7 @@ def shape_error(name: str, shape: tuple[int, ...], base: tuple[int, ...], expert
     return CoterieError(
         f"tensor {name!r} has shape {list(shape)} and the base's has {list(base)}",
         f"expert {expert.name!r} ({expert.location})",
-        "use experts of this base; where only the vocabulary differs, `vocabulary: base` keeps the base's rows",
+        "use copies of the base"
+        if expert.kind == "module"
+        else "use experts of this base; where only the vocabulary differs, `vocabulary: base` keeps the base's rows",
     )

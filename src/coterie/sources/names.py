@@ -78,6 +78,11 @@ class Skeleton:
         known = {key.rsplit(".", 1)[0] for key in self.tensors} | {p for p, _ in self.model.named_modules() if p}
         return any(".".join(parts[:i]) in known for i in range(len(parts) - 1, 0, -1))
 
+    def is_vocabulary(self, name: str) -> bool:
+        """Whether a tensor has one row per word piece."""
+        module = self.module(name.rpartition(".")[0])
+        return module in (self.model.get_input_embeddings(), self.model.get_output_embeddings())
+
     def is_buffer(self, name: str) -> bool:
         """Whether a name is a buffer that the architecture computes by itself (older checkpoints hold some)."""
         return name in self._buffers | self._unsaved or name.rsplit(".", 1)[-1] in (
@@ -92,10 +97,12 @@ class View:
 
     Attributes:
         foreign: names on disk that the architecture has no place for.
+        doubled: names on disk that repeat a tensor which the checkpoint holds under another name too.
     """
 
     def __init__(self, checkpoint: Checkpoint, skeleton: Skeleton):
         self.checkpoint, self.skeleton = checkpoint, skeleton
+        self.doubled: list[str] = []
         self._simple: dict[str, str] = {}
         self._grouped: dict[str, list[tuple[str, str]]] = {}
         self._member: dict[str, str] = {}
@@ -105,6 +112,8 @@ class View:
             memory, pattern = skeleton.in_memory(name)
             if memory not in skeleton.tensors:
                 self.foreign.append(name)
+            elif memory in self._simple:
+                self._same_twice(self._simple[memory], name)
             elif pattern is None:
                 self._simple[memory] = name
             else:
@@ -119,6 +128,16 @@ class View:
         for tied, owner in skeleton.tied.items():
             if owner not in self and tied in self._simple:
                 self._simple[owner] = self._simple[tied]
+
+    def _same_twice(self, first: str, second: str) -> None:
+        """Two names on disk that mean one tensor in memory: fine if they are equal."""
+        if not torch.equal(self.checkpoint.read(first), self.checkpoint.read(second)):
+            raise CoterieError(
+                f"tensors {first!r} and {second!r} are one tensor in memory, and they differ",
+                self.location,
+                "remove the one that is not meant",
+            )
+        self.doubled.append(second)
 
     def untie(self) -> None:
         """Where this checkpoint holds both names of a tied pair with different values, they are two tensors.
@@ -202,3 +221,25 @@ class ModuleView:
 
     def get(self, name: str) -> torch.Tensor:
         return self._tensors[name].detach()
+
+    def together(self, name: str) -> list[str]:
+        return [name]
+
+
+class LiveSkeleton:
+    """A live module where a build from disk has a skeleton: the names in memory are all there is.
+
+    Attributes: as `Skeleton`'s.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.tensors: dict[str, torch.Tensor] = dict(model.state_dict(keep_vars=True))
+        owners: dict[int, str] = {}
+        self.tied = {n: owners[id(t)] for n, t in self.tensors.items() if owners.setdefault(id(t), n) != n}
+
+    def on_disk(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return tensors
+
+    def module(self, path: str) -> nn.Module:
+        return self.model.get_submodule(path)
