@@ -77,7 +77,7 @@ def test_the_average_of_one_is_the_expert(arch, tmp_path):
         ("llama", {"modules_to_save": ["lm_head", "embed_tokens"]}),
         ("llama", {"targets": "all-linear"}),
         ("vit", {"targets": ["q_proj", "projection"]}),
-        ("gpt2", {"targets": ["c_attn", "c_proj", "wte"]}),
+        ("gpt2", {"targets": ["c_attn", "c_proj", "wpe"]}),
         ("bert", {"targets": ["query", "dense", "word_embeddings"], "bias": "all", "modules_to_save": ["classifier"]}),
     ],
     ids=lambda v: v if isinstance(v, str) else "+".join(v),

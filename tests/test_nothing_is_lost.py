@@ -259,3 +259,9 @@ def test_experts_of_smile_are_modules_with_names():
     for experts in ({"": bert()}, {}, [bert()], {"a": bert().state_dict()}):
         with pytest.raises(coterie.CoterieError):
             coterie.smile(bert(), experts)
+
+
+def test_a_live_configuration_builds_no_dense_model():
+    mixture = coterie.smile(bert(), {"a": tuned(bert(), 1)})
+    with pytest.raises(ValueError, match="coterie mixture"):
+        type(mixture)(mixture.config)

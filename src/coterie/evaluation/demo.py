@@ -20,6 +20,7 @@ from .cells import Cells
 from .compare import Comparer, Comparison, Result
 from .experts import COMMITTED, FULL, LORA, jobs
 from .extract import PROVENANCE
+from .picture import svg
 from .suite import Task, weights_sha256
 from .train import Recipe, quiet, train_shown
 
@@ -60,7 +61,7 @@ def run(
     """Run the demo: print the tables and write them, with the mixture, under `out`.
 
     Args:
-        out: directory for `mixture/`, `results.json`, `results.md` and `results.csv`; what has these names is replaced.
+        out: directory for `mixture/`, `results.json`, `results.md`, `results.csv` and `results.svg`; what has these names is replaced.
         full: train the full fine-tunes and two sets of LoRA adapters here, and compare those, in place of the rank-16
             adapters of the full fine-tunes that the package carries.
         cache: where trained experts and finished cells are kept, so that a second run is quick.
@@ -124,6 +125,8 @@ def run(
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     (out / "results.md").write_text("\n".join(markdown(comparison) for comparison in comparisons))
     (out / "results.csv").write_text(comma_separated(comparisons))
+    tables = [table(comparison) for comparison in comparisons for table in (results_table, ladder_table)]
+    (out / "results.svg").write_text(svg(list(tables), "coterie demo"))
     console.print(f"\nThe mixture is in {out / 'mixture'}, the tables are in {out}. To use it:\n")
     console.print(
         f"    import coterie, transformers\n"

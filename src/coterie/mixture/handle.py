@@ -118,12 +118,18 @@ def guard(config: Any, spec: MixtureSpec) -> None:
             setattr(each, key, GUARD)
 
 
-def attach(model: nn.Module, spec: MixtureSpec) -> Handle:
+def attach(model: Any, spec: MixtureSpec) -> Handle:
     """Give a model with mixture layers its handle, and its configuration what saving needs."""
     handle = Handle(model, spec)
     object.__setattr__(model, "coterie", handle)
-    if getattr(model, "config", None) is not None:
+    from transformers import PreTrainedModel
+
+    if isinstance(model, PreTrainedModel):
         guard(model.config, spec)
+        # A live configuration builds no dense model either, where no layer of the model reads this setting.
+        if not model._can_set_experts_implementation():
+            for each in (model.config, *nested_configs(model.config)):
+                each._experts_implementation_internal = GUARD
     if spec.heads:
         handle._select(spec.heads[next(iter(spec.heads))].owners[0])
         if len(spec.experts) > 1:

@@ -103,8 +103,10 @@ class AdapterExpert(ExpertSource):
             ours, theirs = self.skeleton.tensors[memory].shape, self.checkpoint.tensors[disk].shape
             if ours != theirs and self._keep_vocabulary and self.skeleton.is_vocabulary(memory):
                 self.left_out[disk] = f"vocabulary of {theirs[0]} rows; the base's {ours[0]} are kept"
-            elif memory in self._values:
-                raise self._refuse(f"{disk!r} and {self._values[memory]!r} are one tensor", "remove one of them")
+            elif memory in self._values:  # PEFT stores a saved module's bias twice where all biases are trained
+                if not torch.equal(self.checkpoint.read(disk), self.checkpoint.read(self._values[memory])):
+                    raise self._refuse(f"{disk!r} and {self._values[memory]!r} differ and are one tensor", "remove one")
+                self.left_out[disk] = f"repeats {self._values[memory]}"
             else:
                 self._values[memory] = disk
         elif self.skeleton.belongs(name):
