@@ -61,7 +61,7 @@ def run(
     """Run the demo: print the tables and write them, with the mixture, under `out`.
 
     Args:
-        out: directory for `mixture/`, `results.json`, `results.md`, `results.csv` and `results.svg`; what has these names is replaced.
+        out: directory for `mixture/` and `results.json`, `.md`, `.csv` and `.svg`; what has these names is replaced.
         full: train the full fine-tunes and two sets of LoRA adapters here, and compare those, in place of the rank-16
             adapters of the full fine-tunes that the package carries.
         cache: where trained experts and finished cells are kept, so that a second run is quick.
