@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..errors import CoterieError
 from ..recipe import Recipe, read_recipe
 from .finish import write_metadata
-from .memory import PeakMemory, release_freed_memory
+from .memory import PeakMemory, map_large_blocks
 from .plan import Plan, make_plan
 from .prepare import prepare
 from .report import BuildReport
@@ -77,6 +77,7 @@ def build(
     if os.path.lexists(out) and not force:
         raise CoterieError("exists already", str(out), "choose another directory, or give --force to replace it")
     started = time.monotonic()
+    map_large_blocks()
     ready = prepare(given, token)
     inputs, sites = ready.inputs, ready.sites
     expected = make_plan(inputs, ready.method.name, ready.mixture, sites, [])
@@ -97,12 +98,7 @@ def build(
         stream = Stream(ready, writer, report, dtype, light, device)
         with _progress(console) as progress:
             task = progress.add_task("layers", total=stream.steps)
-
-            def advance() -> None:
-                release_freed_memory()
-                progress.advance(task)
-
-            stream.run(advance)
+            stream.run(lambda: progress.advance(task))
         writer.finish()
         report.bytes_read = sum(checkpoint.bytes_read for checkpoint in inputs.checkpoints.values())
         report.bytes_written, report.mixture_parameters = writer.total_bytes, stream.parameters

@@ -19,10 +19,16 @@ def anonymous_bytes() -> int | None:
     return int(line.split()[1]) * 1024 if line else None
 
 
-def release_freed_memory() -> None:
-    """Give freed blocks back to the system (glibc keeps them, and a build of many layers would grow with depth)."""
-    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
-        trim(0)
+def map_large_blocks() -> None:
+    """Have the C library map every block above 1 MiB by itself, so that it goes back to the system when it is freed.
+
+    glibc raises that limit to 32 MiB as blocks are freed, and then keeps a build's temporaries in a fragmented heap that
+    grows with the number of layers (benchmarks/memory.py). The setting holds for the process.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        m_mmap_threshold = -3
+        mallopt(m_mmap_threshold, 1 << 20)
 
 
 class PeakMemory:
