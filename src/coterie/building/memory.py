@@ -22,8 +22,8 @@ def anonymous_bytes() -> int | None:
 def map_large_blocks() -> None:
     """Have the C library map every block above 1 MiB by itself, so that it goes back to the system when it is freed.
 
-    glibc raises that limit to 32 MiB as blocks are freed, and then keeps a build's temporaries in a fragmented heap that
-    grows with the number of layers (benchmarks/memory.py). The setting holds for the process.
+    glibc raises that limit to 32 MiB as blocks are freed, and then keeps a build's temporaries in a fragmented heap
+    that grows with the number of layers (benchmarks/memory.py). The setting holds for the process.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -85,8 +85,8 @@ class BuildReport:
         if overlap and overlap[0] > max(OVERLAP_WARNING, 3 * overlap[1]):
             self.warnings.append(
                 f"these experts are hard to tell apart: their gate subspaces overlap by {overlap[0]:.2f} (chance: "
-                f"{overlap[1]:.2f}), as LoRA adapters trained from one seed do, and SMILE then sends many tokens to the "
-                "wrong expert; measure it against averaging, or route by a known task"
+                f"{overlap[1]:.2f}), as LoRA adapters trained from one seed do, and SMILE then sends many tokens to "
+                "the wrong expert; measure it against averaging, or route by a known task"
             )
         touched = Counter(i for layer in self.layers for i, rank in enumerate(layer.ranks) if rank is not None)
         partial = [name for i, name in enumerate(self.experts) if touched[i] < len(self.layers)]
