@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, ViTConfig, ViTModel
 
 import coterie
 from coterie.building.convert import convert
@@ -153,3 +153,34 @@ def test_an_expert_is_given_back(sources, tmp_path):
         bias = name.removesuffix(".bias") + ".weight" in expert and "LayerNorm" not in name and "embeddings" not in name
         wanted = expert[name] if linear or head or bias else base[name]
         torch.testing.assert_close(tensor, wanted, atol=1e-6, rtol=0)
+
+
+def test_modules_that_follow_per_expert_answer_for_the_selected_expert(sources, tmp_path):
+    one = recipe({**sources}, parameters={"rank": "full"}, others="per_expert")
+    one["experts"] = {"b": str(sources["b"])}
+    coterie.build(one, out=tmp_path / "one")
+    ids = torch.randint(0, 60, (2, 9), generator=torch.Generator().manual_seed(0))
+    expert = BertForSequenceClassification.from_pretrained(sources["b"])
+    torch.testing.assert_close(coterie.load(tmp_path / "one")(ids).logits, expert(ids).logits, atol=1e-6, rtol=1e-5)
+    coterie.build(recipe(sources, others="per_expert"), out=tmp_path / "two")
+    mixture = coterie.load(tmp_path / "two")
+    norm = "bert.embeddings.LayerNorm"
+    for name in ("a", "b"):
+        with mixture.coterie.use_head(name):
+            wanted = load_file(sources[name] / "model.safetensors")[f"{norm}.weight"]
+            assert torch.equal(mixture.get_submodule(norm).weight, wanted)
+
+
+def test_a_bare_parameter_cannot_follow_per_expert(tmp_path):
+    torch.manual_seed(0)
+    tiny = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    model = ViTModel(ViTConfig(**tiny, image_size=16, patch_size=8))
+    for name in ("base", "a"):
+        model.save_pretrained(tmp_path / name)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    keys = {"method": "smile", "base": str(tmp_path / "base"), "experts": {"a": str(tmp_path / "a")}}
+    with pytest.raises(coterie.CoterieError, match="bare parameter"):
+        coterie.build(**keys, others="per_expert", out=tmp_path / "m")
+    coterie.build(**keys, others={"embeddings.*": "average", "*": "per_expert"}, out=tmp_path / "m")
