@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import coterie
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**65), 2**65) | st.floats() | st.text(max_size=12),
+    st.none() | st.booleans() | st.integers(-(2**65), 2**65) | st.floats(allow_subnormal=False) | st.text(max_size=12),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=12), inner, max_size=3),
     max_leaves=6,
 )

@@ -140,6 +140,8 @@ def quiet() -> None:
 def _train_in_worker(index: int, job: Job, cache: Path, device: str, queue: Any) -> None:
     quiet()
     torch.set_num_threads(1)
+    # Second moments underflow once the loss is near zero, and slow the CPU down. The setting is the process's.
+    torch.set_flush_denormal(True)
     train(job, cache, device, lambda step, loss: queue.put((index, step, loss)))
 
 
@@ -153,7 +155,6 @@ def train(job: Job, cache: Path, device: str = "cpu", report: Callable[[int, flo
         report: called every 20 steps with the number of finished steps and the mean loss since the last call.
     """
     torch.manual_seed(job.recipe.seed)
-    torch.set_flush_denormal(True)  # second moments underflow once the loss is near zero, and slow the CPU down
     reader = Reader(job.base, device)
     model = _trainable(reader, job.recipe)
     parameters = [p for p in model.parameters() if p.requires_grad]
