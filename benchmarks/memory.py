@@ -107,13 +107,13 @@ def write_checkpoint(folder: Path, width: int, depth: int, expert: int | None) -
 
 
 def _resident(status: int) -> tuple[int, int]:
-    """(RssAnon, RssFile) in KiB, from an open /proc/PID/status; (0, 0) where the process is gone."""
+    """(RssAnon, RssFile) in bytes, from an open /proc/PID/status; (0, 0) where the process is gone."""
     try:
         content = os.pread(status, 4096, 0)
     except ProcessLookupError:
         return 0, 0
-    values = [content.partition(field)[2].split(maxsplit=1) for field in (b"RssAnon:", b"RssFile:")]
-    return tuple(int(value[0]) if value else 0 for value in values)
+    anonymous, file_backed = (content.partition(field)[2].split(maxsplit=1) for field in (b"RssAnon:", b"RssFile:"))
+    return (int(anonymous[0]) * 1024 if anonymous else 0, int(file_backed[0]) * 1024 if file_backed else 0)
 
 
 def measure(script: str, *arguments: str) -> dict[str, float]:
