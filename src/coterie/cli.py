@@ -44,7 +44,9 @@ def _root(
 
 @app.command()
 def build(
-    recipe: Annotated[Path | None, typer.Argument(help="The recipe, a YAML file. Or give the options below.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Argument(help="The recipe, a YAML file; the options below override it or stand alone.")
+    ] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="The directory to make.")] = None,
     method: Annotated[
         str | None, typer.Option(help="The method; `coterie methods` lists them. Default: smile.")
@@ -100,6 +102,8 @@ def build(
                 raise CoterieError(f"{option} is missing", "build", "give a recipe, or --base and --expert NAME=SOURCE")
         whole = read_recipe({"method": "smile", **given})
     _check_device(device, nearest)
+    if out is not None and os.path.lexists(out) and not force:
+        raise CoterieError("exists already", str(out), "choose another directory, or replace it with --force")
     if dry_run:
         _show(plan(whole, token), as_json)
         return
@@ -151,9 +155,12 @@ def extract_expert(
     out: Out,
     force: Force = False,
 ) -> None:
-    """Give one expert of a mixture back as an ordinary dense model."""
+    """Give one expert as an ordinary dense model: its linear layers and head; the rest as `others` had it."""
+    from transformers.utils import logging
+
     from .building.extract import extract_expert as run
 
+    logging.disable_progress_bar()
     run(directory, name, out, force=force)
     _console().print(f"{name}: {out}", markup=False)
 
@@ -195,7 +202,9 @@ def _pairs(given: list[str], option: str) -> dict[str, str]:
     for text in given:
         name, equals, value = text.partition("=")
         if not equals:
-            raise CoterieError(f"{text!r} has no '='", option, "write NAME=VALUE")
+            raise CoterieError(
+                f"{text!r} has no '='", option, f"write NAME={'SOURCE' if option == '--expert' else 'VALUE'}"
+            )
         if name in pairs:
             raise CoterieError(f"{name!r} is given twice", option, "rename one of them")
         pairs[name] = value
@@ -225,7 +234,8 @@ def _check_device(device: str, nearest: Any) -> None:
 def _console(stderr: bool = False) -> Any:
     from rich.console import Console
 
-    return Console(stderr=stderr)
+    console = Console(stderr=stderr)
+    return console if console.is_terminal else Console(stderr=stderr, width=140)
 
 
 def _show(result: Any, as_json: bool) -> None:

@@ -137,6 +137,8 @@ def read_recipe(recipe: str | Path | dict[str, Any] | Recipe) -> Recipe:
     where = "recipe"
     if isinstance(recipe, (str, Path)):
         where = str(recipe)
+        if not Path(recipe).is_file():
+            raise CoterieError("no such file", where, "give the path of a recipe")
         try:
             recipe = yaml.load(Path(recipe).read_text(encoding="utf-8"), Loader=_UniqueKeys)
         except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:

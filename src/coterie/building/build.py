@@ -75,7 +75,9 @@ def build(
     given = _recipe(recipe, keys)
     out = Path(out)
     if os.path.lexists(out) and not force:
-        raise CoterieError("exists already", str(out), "choose another directory, or give --force to replace it")
+        raise CoterieError(
+            "exists already", str(out), "choose another directory, or replace it with --force (force=True)"
+        )
     started = time.monotonic()
     map_large_blocks()
     ready = prepare(given, token)

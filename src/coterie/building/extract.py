@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..errors import CoterieError
 from ..mixture.handle import unguard
 from ..mixture.heads import PerExpert
 from ..mixture.layer import MIXTURE_OF, MixtureConv1D, is_mixture
+from ..sources.locate import locate
 from .finish import copy_inputs
 from .writer import whole_directory
 
@@ -32,12 +34,15 @@ def extract_expert(source: str | Path, name: str, out: str | Path, force: bool =
     Raises:
         CoterieError: no such expert, or `out` exists.
     """
-    from ..mixture.load import load
+    from ..mixture.load import load, read_spec
 
-    model = load(str(source), **kwargs)
+    names = read_spec(locate(str(source), kwargs.get("token")))["experts"]
+    if name not in names:
+        raise CoterieError(f"no expert {name!r}", str(source), f"known: {', '.join(names)}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that heads are to be selected: one is, below
+        model = load(str(source), **kwargs)
     handle = model.coterie
-    if name not in handle.expert_names:
-        raise CoterieError(f"no expert {name!r}", str(source), f"known: {', '.join(handle.expert_names)}")
     index = handle.expert_names.index(name)
     bare = [n for n, m in model.named_modules() if is_mixture(m) and m.bias is None and m.bank.shape.bias]
     if bare:

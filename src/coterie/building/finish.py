@@ -69,10 +69,11 @@ def write_metadata(
 ) -> None:
     """Write everything of a mixture directory but its weights."""
     base = inputs.stored.checkpoint.location
-    print_of_base = inputs.stored.fingerprint()
+    fingerprint = inputs.stored.fingerprint()
     copy_inputs(base.path, folder)
     if light:
-        spec.base = {"id": base.id, "revision": base.revision, "fingerprint": print_of_base}
+        found = base.id if base.revision else str(base.path.resolve())
+        spec.base = {"id": found, "revision": base.revision, "fingerprint": fingerprint}
     config = inputs.config
     stored = next(i.dtype for i in inputs.stored.checkpoint.tensors.values() if i.dtype.is_floating_point)
     for each in (config, *nested_configs(config)):
@@ -82,7 +83,7 @@ def write_metadata(
     provenance = {
         "recipe": inputs.recipe.model_dump(mode="json"),
         "versions": versions(),
-        "base": {"id": base.id, "revision": base.revision, "fingerprint": print_of_base},
+        "base": {"id": base.id, "revision": base.revision, "fingerprint": fingerprint},
         "tensors_read": {name: dict(c.sha256) for name, c in inputs.checkpoints.items()},
         "report": {**report.to_dict(), "out": None},
     }

@@ -62,6 +62,10 @@ def build_in_memory(
         }
     )
     for name, module in {"base": base, **experts}.items():
+        if hasattr(module, "merge_and_unload"):
+            raise CoterieError(
+                "is a PEFT model", name, "give module.merge_and_unload(), or its directory to coterie.build"
+            )
         if not isinstance(module, nn.Module):
             raise CoterieError(f"is a {type(module).__name__}, not a module", name, "give live modules")
         if any(is_mixture(part) for part in module.modules()):

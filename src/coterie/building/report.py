@@ -27,7 +27,7 @@ class Followed:
     changed_by: list[str] = field(default_factory=list)
 
 
-@dataclass
+@dataclass(repr=False)
 class BuildReport:
     """The account of a build: every tensor of every source is in it.
 
@@ -65,6 +65,12 @@ class BuildReport:
     bytes_written: int = 0
     seconds: float = 0.0
     peak_memory: int = 0
+
+    def __repr__(self) -> str:
+        return (
+            f"BuildReport({self.method} of {len(self.experts)} experts in {self.architecture}: "
+            f"{len(self.layers)} mixture layers, {self.ratio:.3f} x the base, {len(self.warnings)} warnings)"
+        )
 
     @property
     def ratio(self) -> float:
@@ -104,7 +110,8 @@ class BuildReport:
                 )
         if kept:
             self.warnings.append(
-                f"{len(kept)} tensors that experts change follow the base; the report's `others` lists them"
+                f"{len(kept)} tensors that experts change follow the base (`coterie inspect DIR --json` lists them"
+                " under `others`); `others: average` or `per_expert` (for a known task) keeps more of them"
             )
         for source, names in self.left_out.items():
             biases = sum(why.startswith("bias of") for why in names.values())

@@ -124,7 +124,9 @@ def whole_directory(out: Path, force: bool = False, needed: int = 0, sources: It
     _restore(out)
     if os.path.lexists(out):
         if not force:
-            raise CoterieError("exists already", str(out), "choose another directory, or give --force to replace it")
+            raise CoterieError(
+                "exists already", str(out), "choose another directory, or replace it with --force (force=True)"
+            )
         _require_replaceable(out, sources)
     made: list[Path] = []
     staging: Path | None = None

@@ -44,6 +44,11 @@ class Handle:
         self._model, self.spec = model, spec
         self._selected = 0
 
+    def __repr__(self) -> str:
+        return (
+            f"<{self.spec.method} mixture of {self.spec.experts} in {len(self.spec.layers)} layers; head: {self.head}>"
+        )
+
     @property
     def expert_names(self) -> list[str]:
         """The experts' names, in the order of every gate tensor."""

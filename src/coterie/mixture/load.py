@@ -5,7 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import CoterieError
-from ..sources.locate import locate
+from ..sources.locate import Location, locate
+
+
+def read_spec(location: Location) -> dict[str, Any]:
+    """The mixture's structure as its `config.json` holds it.
+
+    Raises:
+        CoterieError: not a mixture.
+    """
+    spec = (location.json("config.json") or {}).get("quantization_config")
+    if not isinstance(spec, dict) or spec.get("quant_method") != "coterie":
+        raise CoterieError("is not a coterie mixture", str(location.path), "build one with `coterie build`")
+    return spec
 
 
 def load(source: str, **kwargs: Any) -> Any:
@@ -25,10 +37,8 @@ def load(source: str, **kwargs: Any) -> Any:
     import transformers
 
     location = locate(str(source), kwargs.get("token"))
+    spec = read_spec(location)
     raw = location.json("config.json") or {}
-    spec = raw.get("quantization_config")
-    if not isinstance(spec, dict) or spec.get("quant_method") != "coterie":
-        raise CoterieError("is not a coterie mixture", str(source), "build one with `coterie build`")
     cls = getattr(transformers, (raw.get("architectures") or [""])[0], None)
     if cls is None:
         raise CoterieError(

@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from ..errors import CoterieError
+from ..mixture.load import read_spec
 from ..mixture.spec import MixtureSpec
 from ..sources.checkpoint import Checkpoint
 from ..sources.locate import locate
@@ -93,9 +94,7 @@ def inspect(source: str, token: str | None = None) -> Inspection:
     """
     location = locate(source, token)
     config = location.json("config.json") or {}
-    raw = config.get("quantization_config")
-    if not isinstance(raw, dict) or raw.get("quant_method") != "coterie":
-        raise CoterieError("is not a coterie mixture", source, "build one with `coterie build`")
+    raw = read_spec(location)
     try:
         spec = MixtureSpec.from_dict(raw)
     except (KeyError, TypeError) as error:

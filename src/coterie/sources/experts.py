@@ -115,10 +115,10 @@ def same(value: torch.Tensor, base: torch.Tensor) -> bool:
 
 def shape_error(name: str, shape: tuple[int, ...], base: tuple[int, ...], expert: ExpertSource) -> CoterieError:
     """The error for a tensor whose shape differs from the base's."""
+    vocabulary = shape[1:] == base[1:] and expert.kind != "module"
     return CoterieError(
         f"tensor {name!r} has shape {list(shape)} and the base's has {list(base)}",
         f"expert {expert.name!r} ({expert.location})",
-        "use copies of the base"
-        if expert.kind == "module"
-        else "use experts of this base; where only the vocabulary differs, `vocabulary: base` keeps the base's rows",
+        "use experts of this base"
+        + ("; where only the vocabulary differs, `vocabulary: base` keeps the base's rows" if vocabulary else ""),
     )
