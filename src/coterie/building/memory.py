@@ -20,15 +20,16 @@ def anonymous_bytes() -> int | None:
 
 
 def map_large_blocks() -> None:
-    """Have the C library map every block above 1 MiB by itself, so that it goes back to the system when it is freed.
+    """Have the C library go on mapping every block above 128 KiB by itself, so that it goes back when it is freed.
 
-    glibc raises that limit to 32 MiB as blocks are freed, and then keeps a build's temporaries in a fragmented heap
-    that grows with the number of layers (benchmarks/memory.py). The setting holds for the process.
+    That is glibc's rule at first, but it raises the limit to 32 MiB as blocks are freed, and then keeps a build's
+    temporaries in a fragmented heap that grows with the number of layers (benchmarks/memory.py). The setting holds for
+    the process.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         m_mmap_threshold = -3
-        mallopt(m_mmap_threshold, 1 << 20)
+        mallopt(m_mmap_threshold, 128 << 10)
 
 
 class PeakMemory:
