@@ -107,7 +107,7 @@ def train_all(
                 for _ in range(queue.qsize()):
                     try:
                         say(*queue.get_nowait())
-                    except Empty:  # pragma: no cover - qsize is approximate
+                    except Empty:  # qsize is approximate
                         break
                 for future in done:
                     future.result()
