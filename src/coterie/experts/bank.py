@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from .derived import Derived
+
+# Older releases of torch lack it.
+GROUPED_MM = getattr(F, "grouped_mm", None)
 
 
 @dataclass(frozen=True)
@@ -80,34 +86,126 @@ class Bank(nn.Module):
         self.shape = shape
         for name, size in shape.tensors(d_in, d_out).items():
             self.register_parameter(name, nn.Parameter(torch.empty(size, dtype=dtype, device=device)))
+        self._score_rows = Derived()
+        self._widths = (d_in, d_out)
 
-    def project(self, x: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """(down-projections of x or None for a dense bank, the projections that the router scores)."""
-        z = None if self.shape.ranks is None else F.linear(x, self.down)
-        scored = F.linear(x, self.gate) if self.shape.gate else z
-        return z, x[..., :0] if scored is None else scored
+    @property
+    def experts(self) -> int:
+        """How many candidates there are."""
+        return len(self.shape.experts)
 
-    def forward(self, x: torch.Tensor, z: torch.Tensor | None, gates: torch.Tensor) -> torch.Tensor:
-        """The weighted sum of the experts' outputs, (..., d_out), from x (..., d_in) and gates (..., n)."""
-        gates = gates.to(x.dtype)
-        if z is None:
-            parts = [gates[..., i : i + 1] * F.linear(x, self.dense[i]) for i in range(len(self.shape.experts))]
-            y = torch.stack(parts).sum(0)
-        else:
-            y = F.linear(self._spread(gates) * z, self.up.T)
-        return y + F.linear(gates, self.bias.T) if self.shape.bias else y
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of its parameters."""
+        return (self.up if self.shape.ranks is not None else self.dense).dtype
 
-    def _spread(self, gates: torch.Tensor) -> torch.Tensor:
-        """Gates (..., n), one per expert, as (..., R), one per rank."""
+    def rows(self, expert: int) -> slice:
+        """The rows of `down` and `up` that belong to a candidate."""
         ranks = self.shape.ranks or ()
-        parts = [gates[..., i : i + 1].expand(*gates.shape[:-1], rank) for i, rank in enumerate(ranks)]
-        return torch.cat(parts, dim=-1)
+        start = sum(ranks[:expert])
+        return slice(start, start + ranks[expert])
 
-    def widths(self) -> list[int]:
-        """Rows per candidate of what the router scores."""
-        if self.shape.gate or self.shape.ranks is None:
-            return [self.shape.gate_rank] * len(self.shape.experts)
-        return list(self.shape.ranks)
+    def score_rows(self) -> torch.Tensor:
+        """(n * gate_rank, d_in), what the router reads: each candidate's leading rows, contiguous."""
+        if self.shape.gate:
+            return self.gate
+        g, ranks = self.shape.gate_rank, self.shape.ranks or ()
+        if all(rank == g for rank in ranks):
+            return self.down
+        return self._score_rows.get(
+            (self.down,), lambda: torch.cat([part[:g] for part in self.down.split(list(ranks))])
+        )
+
+    def leading(self, z: torch.Tensor) -> torch.Tensor:
+        """(tokens, n, gate_rank), what the router scores, out of the down-projections z (tokens, R)."""
+        g, ranks = self.shape.gate_rank, self.shape.ranks or ()
+        if len(set(ranks)) == 1:
+            return z.unflatten(-1, (len(ranks), ranks[0]))[..., :g]
+        return torch.stack([part[..., :g] for part in z.split(list(ranks), dim=-1)], dim=-2)
+
+    def weigh(self, z: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+        """Down-projections z (tokens, R), each candidate's times its gate (tokens, n)."""
+        ranks, gates = self.shape.ranks or (), gates.to(z.dtype)
+        if len(set(ranks)) == 1:
+            return (z.unflatten(-1, (len(ranks), ranks[0])) * gates[..., None]).flatten(-2)
+        parts = [gates[..., i : i + 1].expand(*gates.shape[:-1], rank) for i, rank in enumerate(ranks)]
+        return z * torch.cat(parts, dim=-1)
+
+    def accumulate(
+        self, y: torch.Tensor, x: torch.Tensor, expert: int, tokens: torch.Tensor | None, gates: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Add one candidate's output to y (tokens, d_out), in place.
+
+        Args:
+            y: what is added to.
+            x: (tokens, d_in).
+            expert: the candidate.
+            tokens: indices of its tokens; None for all.
+            gates: (its tokens, 1), or None where all are 1.
+        """
+        x = x if tokens is None else x.index_select(0, tokens)
+        gates = None if gates is None else gates.to(y.dtype)
+        bias = self.bias[expert].to(y.dtype) if self.shape.bias else None
+        if self.shape.ranks is None:
+            part = F.linear(x, self.dense[expert]).to(y.dtype)
+            part = part if gates is None else part * gates
+        else:
+            rows = self.rows(expert)
+            z = F.linear(x, self.down[rows]).to(y.dtype)
+            z, up = z if gates is None else z * gates, self.up[rows].to(y.dtype)
+            if tokens is None and bias is None:
+                return y.addmm_(z, up)
+            if bias is not None and gates is None:
+                part, bias = torch.addmm(bias, z, up), None
+            else:
+                part = z @ up
+        if bias is not None:
+            part = part + (bias if gates is None else gates * bias)
+        return y.add_(part) if tokens is None else y.index_add_(0, tokens, part)
+
+    def groupable(self, x: torch.Tensor) -> bool:
+        """Whether `by_counts` can be used: torch's grouped product wants equal ranks, in strides of 16 bytes."""
+        ranks = self.shape.ranks or (0, 1)
+        suits = x.dtype in (torch.float32, torch.bfloat16, torch.float16) and x.device.type == "cpu"
+        even = len(set(ranks)) == 1 and all(w * x.element_size() % 16 == 0 for w in (ranks[0], *self._widths))
+        return GROUPED_MM is not None and suits and even and not torch.is_autocast_enabled("cpu")
+
+    def by_counts(self, x: torch.Tensor, gates: torch.Tensor | None, counts: torch.Tensor) -> torch.Tensor:
+        """Weighted outputs (tokens, d_out), biases left out, of tokens that are sorted by candidate.
+
+        Args:
+            x: (tokens, d_in).
+            gates: (tokens, 1), or None where all are 1.
+            counts: (n,), how many tokens each candidate has.
+        """
+        assert GROUPED_MM is not None
+        experts, (d_in, d_out) = self.experts, self._widths
+        ends = counts.cumsum(0, dtype=torch.int32)
+        z = GROUPED_MM(x, self.down.view(experts, -1, d_in).transpose(1, 2), offs=ends)
+        z = z if gates is None else z * gates.to(z.dtype)
+        return GROUPED_MM(z, self.up.view(experts, -1, d_out), offs=ends)
+
+    def delta(self, weights: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`sum_i w_i delta_i` of the weight, (d_out, d_in), and of the bias, (d_out,), in float32 at least."""
+        dtype = torch.promote_types(next(self.parameters()).dtype, torch.float32)
+        used = [i for i, weight in enumerate(weights) if weight]
+        if self.shape.ranks is None:
+            total = torch.zeros_like(self.dense[0], dtype=dtype)
+            for i in used:
+                total = total.add(self.dense[i], alpha=weights[i])
+        else:
+            total = self.up.new_zeros(self.up.shape[1], self.down.shape[1], dtype=dtype)
+            for i in used:
+                up, down = self.up[self.rows(i)].to(dtype), self.down[self.rows(i)].to(dtype)
+                total = total.addmm(up.T, down, alpha=weights[i])
+        if not self.shape.bias:
+            return total, None
+        scale = torch.tensor(weights, dtype=dtype, device=self.bias.device)
+        return total, scale @ self.bias.to(dtype)
+
+    def drop(self) -> None:
+        """Forget what was derived from the parameters."""
+        self._score_rows.drop()
 
     def extra_repr(self) -> str:
         return f"experts={list(self.shape.experts)}, ranks={self.shape.ranks or 'dense'}"

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from ..errors import CoterieError
+from .context import Context
 from .heads import PerExpert
+from .layer import is_mixture
+from .paths import PATHS, Path
+from .siblings import Siblings
 from .spec import MixtureSpec
 
 # Guards that go into config.json: transformers refuses to build a model that asks for an unknown implementation, so
@@ -17,17 +23,17 @@ GUARDS = ("experts_implementation", "attn_implementation")
 GUARD = "coterie mixture, which loads after `import coterie`"
 
 
-class _Selection:
-    """What `use_head` returns: the selection stands; leaving a `with` block restores the one before."""
+class _Standing:
+    """What a choice returns: it stands; leaving a `with` block restores the one before."""
 
-    def __init__(self, handle: Handle, previous: int):
-        self._handle, self._previous = handle, previous
+    def __init__(self, restore: Callable[[], None]):
+        self._restore = restore
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, *_: Any) -> None:
-        self._handle._select(self._previous)
+        self._restore()
 
 
 class Handle:
@@ -43,6 +49,19 @@ class Handle:
     def __init__(self, model: nn.Module, spec: MixtureSpec):
         self._model, self.spec = model, spec
         self._selected = 0
+        self._context = Context()
+        layers: dict[str, Any] = {
+            name: layer for name, layer in model.named_modules(remove_duplicate=False) if is_mixture(layer)
+        }
+        self._layers = list(layers.values())
+        for layer in self._layers:
+            layer.context = self._context
+        for group in spec.siblings:
+            members = [layers[path] for path in group if path in layers]
+            if Siblings.fit(members):
+                siblings = Siblings(members)
+                for layer in members:
+                    layer.siblings = siblings
 
     def __repr__(self) -> str:
         return (
@@ -60,11 +79,16 @@ class Handle:
         return list(self.spec.layers)
 
     @property
+    def recorders(self) -> list[Callable[[Any, torch.Tensor], None]]:
+        """Are called with (layer, gates (..., candidates)) by each mixture layer of a call."""
+        return self._context.recorders
+
+    @property
     def head(self) -> str:
         """The expert whose head answers."""
         return self.spec.experts[self._selected]
 
-    def use_head(self, name: str) -> _Selection:
+    def use_head(self, name: str) -> _Standing:
         """Select an expert's head, and with it `num_labels`, `id2label`, `label2id` and `problem_type`.
 
         For good as a call, for a block in a `with` statement. Modules that `others: per_expert` keeps follow along.
@@ -73,14 +97,81 @@ class Handle:
         Raises:
             CoterieError: no such expert, or it brought no head.
         """
-        if name not in self.spec.experts:
-            raise CoterieError(f"no expert {name!r}", "use_head", f"known: {', '.join(self.spec.experts)}")
-        index, previous = self.spec.experts.index(name), self._selected
+        index, previous = self._index(name, "use_head"), self._selected
         for path, head in self.spec.heads.items():
             if index not in head.owners:
                 raise CoterieError(f"expert {name!r} brought no {path!r}", "use_head", "select an expert that did")
         self._select(index)
-        return _Selection(self, previous)
+        return _Standing(lambda: self._select(previous))
+
+    def route(self, to: str | Sequence[str] | dict[str, float] | torch.Tensor | None) -> _Standing:
+        """Say which experts answer, in place of the layers' routers; heads stay as `use_head` has them.
+
+        For good as a call, for a block in a `with` statement. The choice is the model's: threads that share a model
+        share it. A layer that an expert did not touch stays as in the base for it.
+
+        Args:
+            to: an expert's name, for every token of every call: layers are merged once and run at dense speed; or
+                name -> weight, which mixes the experts' deltas for every token; or one name per example of the batch;
+                or gates (batch, tokens or 1, experts), in the order of `expert_names`; or None: the layers decide.
+
+        Raises:
+            CoterieError: no such expert, or gates of another shape.
+        """
+        names, before = self.spec.experts, (self._context.weights, self._context.gates)
+        weights: tuple[float, ...] | None = None
+        gates: torch.Tensor | None = None
+        if isinstance(to, str):
+            to = {to: 1.0}
+        if isinstance(to, dict):
+            chosen = {self._index(name, "route"): float(weight) for name, weight in to.items()}
+            weights = tuple(chosen.get(i, 0.0) for i in range(len(names)))
+        elif isinstance(to, torch.Tensor):
+            if to.ndim != 3 or to.shape[-1] != len(names):
+                raise CoterieError(
+                    f"gates have shape {tuple(to.shape)}", "route", f"give (batch, tokens or 1, {len(names)} experts)"
+                )
+            gates = to.float()
+        elif to is not None:
+            index = torch.tensor([self._index(name, "route") for name in to])
+            gates = nn.functional.one_hot(index, len(names)).float()[:, None]
+        self._decide(weights, gates)
+        return _Standing(lambda: self._decide(*before))
+
+    def use_path(self, path: Path | Literal["auto"]) -> _Standing:
+        """Force a compute path; "auto" chooses by shape. All give the same numbers.
+
+        For good as a call, for a block in a `with` statement.
+
+        Args:
+            path: stacked (all experts at once), grouped (each expert on its own tokens), merged (one dense weight,
+                where one decision holds for the call: after `route("name")`, or with a single expert), or auto.
+        """
+        if path not in ("auto", *PATHS):
+            raise CoterieError(f"no compute path {path!r}", "use_path", f"known: auto, {', '.join(PATHS)}")
+        context, before = self._context, self._context.path
+        context.path = path
+        return _Standing(lambda: setattr(context, "path", before))
+
+    def drop(self) -> None:
+        """Forget what layers derived from their parameters (merged weights, packed rows).
+
+        Needed only after a change that torch does not see, such as one through `.data`.
+        """
+        for layer in self._layers:
+            layer.drop()
+
+    def _decide(self, weights: tuple[float, ...] | None, gates: torch.Tensor | None) -> None:
+        self._context.weights, self._context.gates = weights, gates
+        if gates is not None:
+            self._context.active = int((gates != 0).sum(-1).max())
+        if weights is None:
+            self.drop()
+
+    def _index(self, name: str, where: str) -> int:
+        if name not in self.spec.experts:
+            raise CoterieError(f"no expert {name!r}", where, f"known: {', '.join(self.spec.experts)}")
+        return self.spec.experts.index(name)
 
     def _select(self, index: int) -> None:
         self._selected = index

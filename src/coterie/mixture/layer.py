@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from ..errors import CoterieError
 from ..experts.bank import Bank, BankShape
+from ..experts.derived import Derived, flows
+from ..routing.decision import Decision
 from ..routing.router import Router, Routing
+from .context import Context
+from .cost import SHARED, cheapest
+from .paths import Path, grouped, stacked
+
+if TYPE_CHECKING:
+    from .siblings import Siblings
 
 
 class _Mixture(nn.Module):
@@ -22,16 +32,111 @@ class _Mixture(nn.Module):
     bank: Bank
     router: Router
     base_weight: nn.Parameter
+    context: Context
+    siblings: Siblings | None
+    _merged: Derived
 
     @property
     def weight(self) -> nn.Parameter:
         return self.base_weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        base = super().forward(x)
-        x = x.to(next(self.bank.parameters()).dtype)
-        z, scored = self.bank.project(x)
-        return base + self.bank(x, z, self.router(scored)).to(base.dtype)
+        constant = self._constant()
+        path = self._path(x, constant)
+        if path == "merged" and constant is not None:
+            if self.context.recorders:
+                self._record(torch.tensor(constant, device=x.device), x.shape[:-1])
+            if not any(constant):
+                return cast(torch.Tensor, super().forward(x))
+            own = tuple(p for p in (*self._parameters.values(), *self.bank._parameters.values()) if p is not None)
+            return F.linear(x, *self._merged.get(own, lambda: self.merge(constant), constant))
+        bank, leading = self.bank, x.shape[:-1]
+        flat = x.reshape(-1, x.shape[-1])
+        y = super().forward(flat)
+        flat = flat.to(bank.dtype)
+        z = F.linear(flat, bank.down) if path == "stacked" and bank.shape.ranks is not None else None
+        decision = self._decide(path, x, flat, z, constant)
+        if self.context.recorders:
+            self._record(decision.gates(), leading)
+        y = grouped(bank, flat, decision, y) if path == "grouped" else stacked(bank, flat, z, decision, y)
+        return y.view(*leading, y.shape[-1])
+
+    def merge(self, weights: tuple[float, ...]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`W + sum_i w_i delta_i`, (d_out, d_in), and the bias: the layer under one decision for every token.
+
+        Args:
+            weights: one per candidate.
+        """
+        delta, added = self.bank.delta(weights)
+        base = self.weight.T if isinstance(self, Conv1D) else self.weight
+        bias = cast(Any, self.bias)
+        if added is not None:
+            bias = (added if bias is None else bias.to(added.dtype) + added).to(base.dtype)
+        return (base.to(delta.dtype) + delta).to(base.dtype), bias
+
+    def drop(self) -> None:
+        """Forget what was derived from the parameters."""
+        self._merged.drop()
+        self.bank.drop()
+        if self.siblings is not None:
+            self.siblings.drop()
+
+    def train(self, mode: bool = True) -> Any:
+        self.drop()
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.drop()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _constant(self) -> tuple[float, ...] | None:
+        """The weights of the layer's candidates where one decision holds for the call."""
+        context, candidates = self.context, self.bank.shape.experts
+        if context.weights is not None:
+            return tuple(context.weights[i] for i in candidates)
+        return (1.0,) if len(candidates) == 1 and context.gates is None else None
+
+    def _path(self, x: torch.Tensor, constant: tuple[float, ...] | None) -> Path:
+        forced = self.context.path
+        if forced == "merged" and constant is None:
+            raise CoterieError(
+                "the merged path needs one decision for the call, and here every token decides for itself",
+                "model.coterie.use_path",
+                'name the expert (model.coterie.route("name")), or leave the path at "auto"',
+            )
+        if forced != "auto":
+            return cast(Path, forced)
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return "stacked"  # nothing that depends on data
+        if constant is not None:
+            return "grouped" if flows(self) else "merged"
+        if x.device.type != "cpu":
+            return "stacked"  # nothing that waits for the device
+        shape, k = self.bank.shape, self.router.select.k if self.context.gates is None else self.context.active
+        return cheapest(x.shape[:-1].numel(), shape, k, *widths(self), self.bank.dtype, torch.get_num_threads())
+
+    def _decide(
+        self,
+        path: Path,
+        x: torch.Tensor,
+        flat: torch.Tensor,
+        z: torch.Tensor | None,
+        constant: tuple[float, ...] | None,
+    ) -> Decision:
+        bank = self.bank
+        if constant is not None:
+            return Decision.constant(constant, len(flat), flat.device)
+        if self.context.gates is not None:
+            return self.context.given(x.shape[:-1], bank.shape.experts, flat.device)
+        if z is not None and not bank.shape.gate:
+            return self.router(bank.leading(z))
+        if path == "grouped" and self.siblings is not None and len(flat) <= SHARED and not flows(bank):
+            return self.siblings.decide(self, x, flat)
+        return self.router(F.linear(flat, bank.score_rows()).unflatten(-1, (bank.experts, -1)))
+
+    def _record(self, gates: torch.Tensor, leading: Any) -> None:
+        for record in self.context.recorders:
+            record(self, gates.expand(torch.Size(leading).numel(), -1).view(*leading, -1))
 
 
 class MixtureLinear(_Mixture, nn.Linear):  # type: ignore[misc]
@@ -73,7 +178,8 @@ def add_experts(layer: Any, shape: BankShape, routing: Routing, tensors: dict[st
     for name, tensor in (tensors or {}).items():
         getattr(bank, name).data = tensor.to(layer.weight)
     mixture.bank = bank
-    mixture.router = routing.router(bank.widths(), shape.gate_rank)
+    mixture.router = routing.router()
+    mixture.context, mixture.siblings, mixture._merged = Context(), None, Derived()
     return mixture
 
 

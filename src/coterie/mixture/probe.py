@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -48,19 +49,46 @@ class _Answers(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def called_linears(model: Any) -> tuple[set[str], str | None]:
-    """Run a forward pass of a meta-device model and see which linear layers it calls.
+@dataclass
+class Probe:
+    """What a probe forward saw.
+
+    Attributes:
+        calls: every call of a linear layer, in order: its path and its input.
+        broke: why the probe broke off, or None.
+    """
+
+    calls: list[tuple[str, torch.Tensor, int]] = field(default_factory=list)
+    broke: str | None = None
+
+    @property
+    def called(self) -> set[str] | None:
+        """Paths of the linear layers that were called; None where the probe broke off."""
+        return None if self.broke else {path for path, _, _ in self.calls}
+
+    def siblings(self) -> list[list[str]]:
+        """Groups of layers that are always given the same tensor, unchanged, in the order of their calls."""
+        readers: dict[tuple[int, int], list[str]] = {}
+        for path, x, version in self.calls:
+            readers.setdefault((id(x), version), []).append(path)
+        groups = list(dict.fromkeys(tuple(group) for group in readers.values()))
+        return [
+            list(group)
+            for group in groups
+            if len(set(group)) == len(group) > 1 and not any(set(group) & set(g) for g in groups if g != group)
+        ]
+
+
+def probe(model: Any) -> Probe:
+    """Run a forward pass of a meta-device model and see which linear layers it calls, and on what.
 
     Args:
         model: a transformers model on the meta device.
-
-    Returns:
-        (paths of the linear layers that were called, None), or (those called so far, why the probe broke off).
     """
-    called: set[str] = set()
+    seen = Probe()
     model = copy.deepcopy(model).to(torch.bfloat16)  # on the meta device, grouped matrix products know no float32
     hooks = [
-        module.register_forward_pre_hook(lambda _m, _a, path=path: called.add(path))
+        module.register_forward_pre_hook(lambda _m, a, path=path: seen.calls.append((path, a[0], a[0]._version)))
         for path, module in model.named_modules()
         if type(module) in MIXTURE_OF
     ]
@@ -68,11 +96,11 @@ def called_linears(model: Any) -> tuple[set[str], str | None]:
         with torch.no_grad(), _Answers():
             model(**{k: v.bfloat16() if v.is_floating_point() else v for k, v in probe_inputs(model).items()})
     except Exception as error:  # any architecture may refuse to run without data; the caller reports it
-        return called, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        seen.broke = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     finally:
         for hook in hooks:
             hook.remove()
-    return called, None
+    return seen
 
 
 def reads_weights_directly(ancestors: list[nn.Module]) -> str | None:

@@ -35,6 +35,7 @@ class MixtureSpec:
         experts: the experts' names, in order.
         layers: module path -> what its bank holds.
         heads: module path -> the copies that are kept per expert.
+        siblings: groups of layers that read the same input.
         labels: per expert, the configuration fields that go with its head (`id2label`, `label2id`, `problem_type`).
         base: id, revision and fingerprint of the base model, for the light form; None where the mixture stands alone.
     """
@@ -45,6 +46,7 @@ class MixtureSpec:
     experts: list[str]
     layers: dict[str, BankShape] = field(default_factory=dict)
     heads: dict[str, HeadShape] = field(default_factory=dict)
+    siblings: list[list[str]] = field(default_factory=list)
     labels: list[dict[str, Any]] = field(default_factory=list)
     base: dict[str, Any] | None = None
 
@@ -57,6 +59,7 @@ class MixtureSpec:
             "experts": self.experts,
             "layers": {path: shape.to_dict() for path, shape in self.layers.items()},
             "heads": {path: {"owners": h.owners, "shapes": h.shapes} for path, h in self.heads.items()},
+            "siblings": self.siblings,
             "labels": self.labels,
             "base": self.base,
         }
@@ -74,6 +77,7 @@ class MixtureSpec:
             spec["experts"],
             {path: BankShape.from_dict(shape) for path, shape in spec["layers"].items()},
             {path: HeadShape(h["owners"], h["shapes"]) for path, h in spec["heads"].items()},
+            spec["siblings"],
             spec["labels"],
             spec.get("base"),
         )

@@ -47,20 +47,18 @@ def routing_trace(model: Any) -> Iterator[RoutingTrace]:
         tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.ndim]
         trace.batches = [tensor.shape[0] for tensor in tensors] or [1]
 
-    def recorder(name: str, experts: tuple[int, ...]) -> Any:
-        def record(_module: nn.Module, _args: Any, gates: torch.Tensor) -> None:
-            whole = gates.new_zeros(*gates.shape[:-1], total)
-            whole[..., list(experts)] = gates.detach()
-            trace[name] = trace.shaped(whole)
+    names = {layer: name for name, layer in model.named_modules() if is_mixture(layer)}
 
-        return record
+    def record(layer: Any, gates: torch.Tensor) -> None:
+        whole = gates.new_zeros(*gates.shape[:-1], total)
+        whole[..., list(layer.bank.shape.experts)] = gates.detach()
+        trace[names[layer]] = trace.shaped(whole)
 
-    hooks = [model.register_forward_pre_hook(begin, with_kwargs=True)]
-    for name, layer in model.named_modules():
-        if is_mixture(layer):
-            hooks.append(layer.router.register_forward_hook(recorder(name, layer.bank.shape.experts)))
+    hook = model.register_forward_pre_hook(begin, with_kwargs=True)
+    recorders = model.coterie.recorders
+    recorders.append(record)
     try:
         yield trace
     finally:
-        for hook in hooks:
-            hook.remove()
+        hook.remove()
+        recorders.remove(record)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .decision import Decision
 from .energy import SubspaceEnergy
 from .select import TopK
 
@@ -32,27 +33,24 @@ class Routing:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def router(self, widths: list[int], gate_rank: int) -> Router:
-        """The router of a layer whose bank projects to `widths` rows per candidate."""
-        return Router(SCORES[self.score](widths, gate_rank), SELECTIONS[self.select](self.k), len(widths))
+    def router(self) -> Router:
+        """A layer's router."""
+        return Router(SCORES[self.score](), SELECTIONS[self.select](self.k))
 
 
 class Router(nn.Module):
-    """Gates from what the bank projects: scored, selected, all in float32; a lone candidate needs no score.
+    """A decision from what the bank projects: scored, then selected, in float32.
 
     Args:
-        score: projections -> scores (..., E).
-        select: scores -> gates (..., E).
-        experts: E, the layer's candidates.
+        score: projections -> scores (n, E).
+        select: scores -> decision.
     """
 
-    def __init__(self, score: nn.Module, select: nn.Module, experts: int):
+    def __init__(self, score: SubspaceEnergy, select: TopK):
         super().__init__()
-        self.score, self.select, self.experts = score, select, experts
+        self.score, self.select = score, select
 
-    def forward(self, z: torch.Tensor) -> torch.Tensor:
-        """Gates (..., E), float32, from the bank's projections (..., rows)."""
-        if self.experts == 1:
-            return torch.ones(*z.shape[:-1], 1, dtype=torch.float32, device=z.device)
-        gates: torch.Tensor = self.select(self.score(z))
-        return gates
+    def forward(self, z: torch.Tensor) -> Decision:
+        """The decision for n tokens from the bank's leading projections, (n, E, g)."""
+        decision: Decision = self.select(self.score(z))
+        return decision

@@ -1,0 +1,59 @@
+"""The compute paths of a mixture layer: different orders of the same sums.
+
+Each adds the experts' outputs to `y`, what the base layer gives, in place.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch.nn import functional as F
+
+from ..experts.bank import Bank
+from ..routing.decision import Decision
+
+Path = Literal["stacked", "grouped", "merged"]
+# Elements of the experts' outputs that are made at once (16 MB in float32, about what a core's caches hold).
+AT_ONCE = 4_000_000
+PATHS: tuple[Path, ...] = ("stacked", "grouped", "merged")
+
+
+def stacked(bank: Bank, x: torch.Tensor, z: torch.Tensor | None, decision: Decision, y: torch.Tensor) -> torch.Tensor:
+    """All experts at once, gates folded in at rank width: two products, nothing that depends on data.
+
+    Args:
+        bank: the layer's experts.
+        x: (tokens, d_in).
+        z: (tokens, R), the down-projections of x; None for a dense bank.
+        decision: which experts answer.
+        y: (tokens, d_out), is added to.
+    """
+    gates = decision.gates()
+    if z is None:
+        for expert in range(bank.experts):
+            y = y + gates[:, expert, None].to(y.dtype) * F.linear(x, bank.dense[expert]).to(y.dtype)
+    else:
+        y = y.addmm_(bank.weigh(z, gates).to(y.dtype), bank.up.to(y.dtype))
+    return _biases(bank, gates, y)
+
+
+def grouped(bank: Bank, x: torch.Tensor, decision: Decision, y: torch.Tensor) -> torch.Tensor:
+    """Each expert on the tokens that chose it: no work for the others. Arguments as in `stacked`.
+
+    Tokens are sorted by expert once. Few tokens run through all experts in two grouped products; of many, expert after
+    expert takes its own, so that what lies between the products stays in the cache.
+    """
+    if decision.index is not None and 1 < decision.index.numel() <= AT_ONCE // y.shape[-1] and bank.groupable(x):
+        tokens, gates, counts = decision.sorted()
+        part = bank.by_counts(x.index_select(0, tokens), gates, counts)
+        y = y.index_add_(0, tokens, part.to(y.dtype))
+        return _biases(bank, decision.gates(), y)
+    for expert, chosen, weights in decision.by_expert():
+        y = bank.accumulate(y, x, expert, chosen, weights)
+    return y
+
+
+def _biases(bank: Bank, gates: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Add the experts' bias deltas, where they have any, each times its gate (tokens, n)."""
+    return y.addmm_(gates.to(y.dtype), bank.bias.to(y.dtype)) if bank.shape.bias else y
