@@ -71,6 +71,19 @@ def build(
         str | None, typer.Option(help="base: keep the base's rows where vocabularies differ.")
     ] = None,
     device: Annotated[str, typer.Option(help="Where deltas are factorised: cpu, cuda, ...")] = "cpu",
+    jobs: Annotated[
+        int | None,
+        typer.Option(help="Layers at a time; memory grows with it, the output is the same. Default: the cores."),
+    ] = None,
+    engine: Annotated[str, typer.Option(help="local, or ray: the layers as tasks of a Ray cluster.")] = "local",
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on after the last finished shard of a build that was interrupted, if it left any. "
+            "Without this, what it left is removed.",
+        ),
+    ] = False,
     light: Annotated[bool, typer.Option("--light", help="Write only what is not the base's.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, from headers alone, and stop.")] = False,
     force: Force = False,
@@ -105,12 +118,13 @@ def build(
     if out is not None and os.path.lexists(out) and not force:
         raise CoterieError("exists already", str(out), "choose another directory, or replace it with --force")
     if dry_run:
-        _show(plan(whole, token), as_json)
+        _show(plan(whole, token, jobs=jobs, device=device), as_json)
         return
     if out is None:
         raise CoterieError("no output directory given", "build", "give -o DIR")
     console = None if as_json else _console(stderr=True)
-    report = run(whole, out, force=force, light=light, device=device, token=token, console=console)
+    how: dict[str, Any] = {"device": device, "jobs": jobs, "engine": engine, "resume": resume}
+    report = run(whole, out, force=force, light=light, token=token, console=console, **how)
     _show(report, as_json)
 
 

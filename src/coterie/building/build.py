@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..errors import CoterieError
 from ..recipe import Recipe, read_recipe
-from .finish import write_metadata
-from .memory import PeakMemory, map_large_blocks
+from .directory import whole_directory
+from .engines import ENGINES, default_jobs, in_threads, on_ray, one_thread
+from .finish import versions, write_metadata
+from .journal import Journal
+from .memory import PeakMemory
 from .plan import Plan, make_plan
-from .prepare import prepare
+from .prepare import Prepared, prepare
 from .report import BuildReport
-from .stream import Stream
-from .writer import ShardWriter, whole_directory
+from .steps import Facts, Options, Step
+from .stream import Engine, Stream
+from .writer import ShardWriter
 
 SHARD_BYTES = 5_000_000_000
 
@@ -30,13 +36,23 @@ def _recipe(recipe: Any, keys: dict[str, Any]) -> Recipe:
     return read_recipe(keys if recipe is None else recipe)
 
 
-def plan(recipe: Any = None, token: str | None = None, **keys: Any) -> Plan:
+def plan(
+    recipe: Any = None, token: str | None = None, *, jobs: int | None = None, device: str = "cpu", **keys: Any
+) -> Plan:
     """What a build would do, from headers alone: layers, ranks, parameters, memory, traffic.
 
     Args and errors as in `build`.
     """
     ready = prepare(_recipe(recipe, keys), token)
-    return make_plan(ready.inputs, ready.method.name, ready.mixture, ready.sites, ready.inputs.warnings)
+    return _plan(ready, jobs, device)
+
+
+def _plan(ready: Prepared, jobs: int | None, device: str) -> Plan:
+    if jobs is not None and jobs < 1:
+        raise CoterieError(f"jobs is {jobs}", "build", "give a positive number")
+    found = make_plan(ready.inputs, ready.method.name, ready.mixture, ready.sites, list(ready.inputs.warnings))
+    found.jobs = jobs or default_jobs(found.layer_memory, device)
+    return found
 
 
 def build(
@@ -46,6 +62,9 @@ def build(
     force: bool = False,
     light: bool = False,
     device: str = "cpu",
+    jobs: int | None = None,
+    engine: str = "local",
+    resume: bool = False,
     token: str | None = None,
     max_shard_bytes: int = SHARD_BYTES,
     console: Console | None = None,
@@ -59,6 +78,11 @@ def build(
         force: replace an existing directory.
         light: write only what is not the base's; `coterie.load` then reads both.
         device: where deltas are factorised.
+        jobs: layers at a time, each on one core; the output is the same whatever their number, the memory grows with
+            it. Default: as many as there are cores and half of the free memory holds; on Ray, the cluster's cores.
+        engine: "local" (threads of this process) or "ray" (tasks of a Ray cluster).
+        resume: go on after the last finished shard of a build of this recipe that was interrupted, if there is one.
+            Without it, what an interrupted build left is removed.
         token: Hub token.
         max_shard_bytes: size of a shard.
         console: where progress is shown; None for silence.
@@ -78,11 +102,12 @@ def build(
         raise CoterieError(
             "exists already", str(out), "choose another directory, or replace it with --force (force=True)"
         )
+    if engine not in ENGINES:
+        raise CoterieError(f"unknown engine {engine!r}", "build", f"known: {', '.join(ENGINES)}")
     started = time.monotonic()
-    map_large_blocks()
     ready = prepare(given, token)
-    inputs, sites = ready.inputs, ready.sites
-    expected = make_plan(inputs, ready.method.name, ready.mixture, sites, [])
+    inputs = ready.inputs
+    expected = _plan(ready, jobs, device)
     report = BuildReport(
         ready.method.name,
         ready.parameters,
@@ -93,21 +118,40 @@ def build(
         warnings=inputs.warnings,
         left_out=inputs.left_out,
     )
-    dtype = getattr(torch, given.dtype) if given.dtype else None
+    options = Options(getattr(torch, given.dtype) if given.dtype else None, light, device)
+    run: Engine
+    if engine == "ray":
+        run = partial(on_ray, ready, options, jobs, token)
+    else:
+        run = partial(in_threads, ready, options, expected.jobs)
     needed = 0 if light else expected.bytes_written_low
-    with PeakMemory() as memory, whole_directory(out, force, needed, inputs.folders) as folder:
-        writer = ShardWriter(folder, max_shard_bytes, expected.tensor_names(len(given.experts)))
-        stream = Stream(ready, writer, report, dtype, light, device)
+    same = {"light": light, "device": device, "max_shard_bytes": max_shard_bytes}
+    identity = _plain(
+        {"recipe": given.model_dump(mode="json"), **same, "versions": versions(), "sources": inputs.files()}
+    )
+    with (
+        PeakMemory() as memory,
+        one_thread(),
+        whole_directory(out, force, needed, inputs.folders, identity, resume) as folder,
+    ):
+        journal = Journal(folder, identity)
+        writer = ShardWriter(folder, max_shard_bytes, expected.tensor_names(len(given.experts)), journal)
+        done = {Step(*step): Facts.from_dict(facts) for step, facts in journal.steps}
+        stream = Stream(ready, writer, report, run, done)
         with _progress(console) as progress:
             task = progress.add_task("layers", total=stream.steps)
             stream.run(lambda: progress.advance(task))
         writer.finish()
-        report.bytes_read = sum(checkpoint.bytes_read for checkpoint in inputs.checkpoints.values())
+        report.bytes_read = sum(c.tensors[name].bytes for c in inputs.checkpoints.values() for name in c.sha256)
         report.bytes_written, report.mixture_parameters = writer.total_bytes, stream.parameters
         report.seconds, report.peak_memory = time.monotonic() - started, memory.bytes
         report.conclude()
-        write_metadata(folder, inputs, stream.spec, report, dtype, light)
+        write_metadata(folder, inputs, stream.spec, report, options.dtype, light)
     return report
+
+
+def _plain(data: Any) -> Any:
+    return json.loads(json.dumps(data))
 
 
 def _progress(console: Console | None) -> Progress:

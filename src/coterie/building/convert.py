@@ -12,7 +12,8 @@ import torch
 from ..errors import CoterieError
 from ..sources.checkpoint import DTYPES
 from ..sources.locate import PATTERNS, locate
-from .writer import ShardWriter, whole_directory
+from .directory import whole_directory
+from .writer import ShardWriter
 
 
 def convert(source: str | Path, out: str | Path, force: bool = False) -> int:

@@ -15,8 +15,8 @@ from ..mixture.handle import unguard
 from ..mixture.heads import PerExpert
 from ..mixture.layer import MIXTURE_OF, MixtureConv1D, is_mixture
 from ..sources.locate import locate
+from .directory import whole_directory
 from .finish import copy_inputs
-from .writer import whole_directory
 
 
 def extract_expert(source: str | Path, name: str, out: str | Path, force: bool = False, **kwargs: Any) -> None:
@@ -72,19 +72,13 @@ def _dense(layer: Any, expert: int) -> nn.Module:
     dense.__dict__.update(layer.__dict__)
     dense.__dict__["_parameters"] = {"weight": layer.base_weight, "bias": layer.bias}
     dense.__dict__["_modules"] = {}
-    shape, bank = layer.bank.shape, layer.bank
+    for derived in ("context", "siblings", "_merged"):
+        del dense.__dict__[derived]
+    shape = layer.bank.shape
     if expert not in shape.experts:
         return dense
-    at = shape.experts.index(expert)
-    if shape.ranks is None:
-        delta = bank.dense[at].float()
-    else:
-        rows = slice(sum(shape.ranks[:at]), sum(shape.ranks[: at + 1]))
-        delta = bank.up[rows].float().T @ bank.down[rows].float()
-    weight = layer.weight
-    oriented = delta.T if isinstance(layer, MixtureConv1D) else delta
-    dense.weight = nn.Parameter((weight.float() + oriented).to(weight.dtype))
-    if shape.bias:
-        bias = layer.bias.float() if layer.bias is not None else 0.0
-        dense.bias = nn.Parameter((bias + bank.bias[at].float()).to(weight.dtype))
+    with torch.no_grad():
+        weight, bias = layer.merge(tuple(float(i == expert) for i in shape.experts))
+    dense.weight = nn.Parameter(weight.T.contiguous() if isinstance(layer, MixtureConv1D) else weight)
+    dense.bias = None if bias is None else nn.Parameter(bias)
     return dense

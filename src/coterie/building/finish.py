@@ -84,7 +84,7 @@ def write_metadata(
         "recipe": inputs.recipe.model_dump(mode="json"),
         "versions": versions(),
         "base": {"id": base.id, "revision": base.revision, "fingerprint": fingerprint},
-        "tensors_read": {name: dict(c.sha256) for name, c in inputs.checkpoints.items()},
+        "tensors_read": {name: dict(sorted(c.sha256.items())) for name, c in inputs.checkpoints.items()},
         "report": {**report.to_dict(), "out": None},
     }
     (folder / "mixture.json").write_text(json.dumps(provenance, indent=1, ensure_ascii=False), encoding="utf-8")

@@ -11,7 +11,7 @@ from torch import nn
 from ..errors import CoterieError
 from ..mixture.handle import attach
 from ..mixture.layer import is_mixture
-from ..mixture.probe import called_linears
+from ..mixture.probe import Probe, probe
 from ..mixture.spec import insert
 from ..recipe import read_recipe
 from ..sources.checkpoint import require_finite
@@ -20,6 +20,7 @@ from ..sources.names import LiveSkeleton, ModuleView, Skeleton
 from .inputs import LABELS, Inputs
 from .prepare import sort
 from .report import BuildReport
+from .steps import Options, make
 from .stream import Stream
 
 
@@ -28,6 +29,9 @@ class _Dict(dict[str, torch.Tensor]):
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         self[name] = tensor
+
+    def note(self, step: Any) -> None:
+        pass
 
 
 def build_in_memory(
@@ -73,11 +77,11 @@ def build_in_memory(
         for key, tensor in module.state_dict().items():
             require_finite(tensor, key, name)
     inputs = _inputs(recipe, base, experts)
-    ready = sort(inputs, set(), _called(base))
+    ready = sort(inputs, set(), _probe(base))
     report = BuildReport(method, ready.parameters, recipe.names, type(base).__name__, warnings=inputs.warnings)
     report.left_out = inputs.left_out
     tensors = _Dict()
-    stream = Stream(ready, tensors, report)
+    stream = Stream(ready, tensors, report, lambda steps: (make(ready, Options(), step) for step in steps))
     stream.run(lambda: None)
     model: Any = copy.deepcopy(base).eval()
     if inputs.config is not None:
@@ -113,11 +117,10 @@ def _inputs(recipe: Any, base: nn.Module, experts: dict[str, nn.Module]) -> Inpu
     return Inputs(recipe, config if labelled else None, own, skeleton, ModuleView(base), sources, {}, [])
 
 
-def _called(base: nn.Module) -> set[str] | None:
-    """What a probe forward calls, for a transformers model; None for any other module."""
+def _probe(base: nn.Module) -> Probe | None:
+    """What a probe forward sees, for a transformers model; None for any other module."""
     from transformers import PreTrainedModel
 
     if not isinstance(base, PreTrainedModel):
         return None
-    called, broke = called_linears(Skeleton(type(base), base.config).model)
-    return None if broke else called
+    return probe(Skeleton(type(base), base.config).model)

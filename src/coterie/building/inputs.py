@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from ..recipe import Recipe, nearest
 from ..sources.adapter import AdapterExpert
 from ..sources.checkpoint import Checkpoint
 from ..sources.experts import ExpertSource, FullExpert, shape_error
-from ..sources.locate import Location, locate
+from ..sources.locate import PATTERNS, Location, locate
 from ..sources.names import LiveSkeleton, ModuleView, Skeleton, View
 
 # AutoModel classes for the task types of PEFT adapters.
@@ -77,6 +78,36 @@ class Inputs:
             elif isinstance(expert, FullExpert) and isinstance(expert.view, View):
                 found[f"expert {expert.name}"] = expert.view.checkpoint
         return found
+
+    def files(self) -> dict[str, dict[str, list[int]]]:
+        """Source -> name of a file that a build may read -> its size and time of change."""
+        return {
+            source: {
+                file.name: [file.stat().st_size, file.stat().st_mtime_ns]
+                for pattern in PATTERNS
+                for file in sorted(checkpoint.location.path.glob(pattern))
+            }
+            for source, checkpoint in self.checkpoints.items()
+        }
+
+    def reader(self) -> Inputs:
+        """The same open sources, with an account of their own of what is read: for one step, in any thread."""
+        experts = []
+        for expert in self.experts:
+            twin = copy.copy(expert)
+            if isinstance(twin, FullExpert):
+                twin.view = _again(twin.view)
+            elif isinstance(twin, AdapterExpert):
+                twin.checkpoint = replace(twin.checkpoint, sha256={}, bytes_read=0)
+            experts.append(twin)
+        return replace(self, base=_again(self.base), experts=experts)
+
+
+def _again(view: View | ModuleView) -> View | ModuleView:
+    twin = copy.copy(view)
+    if isinstance(twin, View):
+        twin.checkpoint = replace(twin.checkpoint, sha256={}, bytes_read=0)
+    return twin
 
 
 def open_inputs(recipe: Recipe, token: str | None = None) -> Inputs:

@@ -19,17 +19,15 @@ def anonymous_bytes() -> int | None:
     return int(line.split()[1]) * 1024 if line else None
 
 
-def map_large_blocks() -> None:
-    """Have the C library go on mapping every block above 128 KiB by itself, so that it goes back when it is freed.
+def give_back() -> None:
+    """Have the C library return what is free in its heaps to the system, after a layer's work.
 
-    That is glibc's rule at first, but it raises the limit to 32 MiB as blocks are freed, and then keeps a build's
-    temporaries in a fragmented heap that grows with the number of layers (benchmarks/memory.py). The setting holds for
-    the process.
+    glibc keeps freed blocks of up to 32 MiB, in heaps that fragment with the number of layers (benchmarks/memory.py).
+    Mapping every large block by itself instead costs a page fault at every touch and threads that wait for each other.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        m_mmap_threshold = -3
-        mallopt(m_mmap_threshold, 128 << 10)
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 class PeakMemory:

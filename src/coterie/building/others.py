@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..errors import CoterieError
-from ..mixture.spec import HeadShape
 from ..sources.experts import ExpertSource, same
 from .report import Followed
 
@@ -57,31 +56,23 @@ def follow(
 
 @dataclass
 class Head:
-    """A module that may differ from expert to expert.
+    """A module that may differ from expert to expert; plain data.
 
     Attributes:
-        path: where it sits.
-        owners: indices of the experts that have it; more than one copy only where they differ.
-        tensors: per copy, name inside the module -> value.
-        shape: its structure, or None where one copy serves all.
+        owners: indices of the experts that have it.
+        shapes: per copy, name inside the module -> shape.
+        shared: whether one copy serves all experts, for they do not differ.
     """
 
-    path: str
     owners: list[int]
-    tensors: list[dict[str, torch.Tensor]] = field(default_factory=list)
-    shape: HeadShape | None = None
+    shapes: list[dict[str, list[int]]]
+    shared: bool
 
-    def copy_of(self, expert: int) -> dict[str, torch.Tensor]:
-        """The tensors that serve an expert; empty where it has none."""
-        if self.shape is None:
-            return self.tensors[0]
-        return self.tensors[self.owners.index(expert)] if expert in self.owners else {}
-
-    def named(self) -> dict[str, torch.Tensor]:
-        """The tensors under their names in the mixture."""
-        if self.shape is None:
-            return {f"{self.path}.{leaf}": t for leaf, t in self.tensors[0].items()}
-        return {f"{self.path}.{i}.{leaf}": t for i, copy in enumerate(self.tensors) for leaf, t in copy.items()}
+    def copy_of(self, expert: int) -> dict[str, list[int]]:
+        """The shapes of the copy that serves an expert; empty where it has none."""
+        if self.shared:
+            return self.shapes[0]
+        return self.shapes[self.owners.index(expert)] if expert in self.owners else {}
 
 
 def gather_head(
@@ -90,7 +81,7 @@ def gather_head(
     base: Any,
     experts: list[ExpertSource],
     labels: list[dict[str, Any]],
-) -> Head:
+) -> tuple[Head, dict[str, torch.Tensor]]:
     """A module's copies: one per expert where they or their labels differ, else a single one.
 
     An expert that says nothing of the module has the base's; where the base lacks it too, the expert has none.
@@ -101,8 +92,12 @@ def gather_head(
         base: view of the base model.
         experts: all experts.
         labels: per expert, the configuration fields of its head.
+
+    Returns:
+        The structure, and the copies' tensors under their names in the mixture.
     """
-    head = Head(path, [])
+    owners: list[int] = []
+    copies: list[dict[str, torch.Tensor]] = []
     for index, expert in enumerate(experts):
         copy: dict[str, torch.Tensor] = {}
         for leaf in wanted:
@@ -113,8 +108,8 @@ def gather_head(
             if value is not None:
                 copy[leaf] = value
         if len(copy) == len(wanted):
-            head.owners.append(index)
-            head.tensors.append(copy)
+            owners.append(index)
+            copies.append(copy)
         elif any(expert.has(f"{path}.{leaf}") for leaf in wanted):
             lacking = next(leaf for leaf in wanted if leaf not in copy)
             raise CoterieError(
@@ -122,22 +117,19 @@ def gather_head(
                 f"expert {expert.name!r}",
                 "give a base that has this head, or an expert that brings it whole",
             )
-    if not head.owners:
+    if not owners:
         raise CoterieError(
             f"neither the base nor any expert has module {path!r}",
             "sources",
             "name another class of the mixture with `architecture`",
         )
-    first = head.tensors[0]
-    equal = len(head.owners) == len(experts) and all(
-        all(torch.equal(first[leaf], copy[leaf]) for leaf in wanted) and labels[i] == labels[head.owners[0]]
-        for i, copy in zip(head.owners, head.tensors, strict=True)
+    first = copies[0]
+    shared = len(owners) == len(experts) and all(
+        all(torch.equal(first[leaf], copy[leaf]) for leaf in wanted) and labels[i] == labels[owners[0]]
+        for i, copy in zip(owners, copies, strict=True)
     )
-    if equal:
-        head.tensors = [first]
+    if shared:
+        copies, named = [first], {f"{path}.{leaf}": t for leaf, t in first.items()}
     else:
-        head.shape = HeadShape(
-            head.owners,
-            [{leaf: list(t.shape) for leaf, t in copy.items()} for copy in head.tensors],
-        )
-    return head
+        named = {f"{path}.{i}.{leaf}": t for i, copy in enumerate(copies) for leaf, t in copy.items()}
+    return Head(owners, [{leaf: list(t.shape) for leaf, t in copy.items()} for copy in copies], shared), named

@@ -42,7 +42,8 @@ class Plan:
         parameters: parameters of the mixture, at most.
         bytes_read, bytes_written: traffic of tensors, at most.
         bytes_written_low: what is written in any case (the base's own tensors).
-        memory: peak anonymous memory of the largest layer's work, at most, beyond the interpreter's own.
+        layer_memory: anonymous memory that the work on the largest layer takes, at most, in bytes.
+        jobs: layers at a time.
     """
 
     method: str
@@ -57,8 +58,14 @@ class Plan:
     bytes_read: int
     bytes_written: int
     bytes_written_low: int
-    memory: int
+    layer_memory: int
     warnings: list[str]
+    jobs: int = 1
+
+    @property
+    def memory(self) -> int:
+        """Peak anonymous memory, at most, beyond the interpreter's own: `jobs` layers at a time."""
+        return self.jobs * self.layer_memory
 
     def tensor_names(self, experts: int) -> Iterator[str]:
         """The names that a build writes, at most."""
@@ -70,7 +77,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
-        return {**asdict(self), "ratio": self.parameters / max(self.base_parameters, 1)}
+        return {**asdict(self), "memory": self.memory, "ratio": self.parameters / max(self.base_parameters, 1)}
 
     def table(self) -> RenderableType:
         """The plan for a terminal."""
@@ -80,7 +87,9 @@ class Plan:
         head.add_row("parameters", f"at most {self.parameters:,} ({ratio:.3f} x the base's {self.base_parameters:,})")
         head.add_row("reads", f"{self.bytes_read / 1e9:.3f} GB")
         head.add_row("writes", f"at most {self.bytes_written / 1e9:.3f} GB")
-        head.add_row("memory", f"about {self.memory / 1e9:.3f} GB beyond the interpreter's own")
+        head.add_row(
+            "memory", f"about {self.memory / 1e9:.3f} GB beyond the interpreter's own, for {self.jobs} layers at a time"
+        )
         table = Table(title=f"{len(self.layers)} layers may become mixture layers", title_justify="left", box=None)
         for column in ("layers", "of them", "in -> out", "ranks, at most", "parameters"):
             table.add_column(column, overflow="fold")
@@ -128,6 +137,9 @@ def make_plan(inputs: Inputs, method: str, mixture: Mixture, sites: Sites, warni
     )
     names = [n for n in skeleton.tensors if n not in skeleton.tied]
     largest = max((layer.d_in * layer.d_out for layer in layers), default=0)
+    averaged = max(
+        (skeleton.tensors[n].numel() for n, policy in sites.others.items() if policy == "average"), default=0
+    )
     return Plan(
         method,
         type(skeleton.model).__name__,
@@ -141,8 +153,9 @@ def make_plan(inputs: Inputs, method: str, mixture: Mixture, sites: Sites, warni
         bytes_read=sum((base.bytes(n) if n in base else 0) + sum(e.bytes(n) for e in experts) for n in names),
         bytes_written=own + banks + heads,
         bytes_written_low=own,
-        # the base, each expert's delta in float32, and one factorisation in float64 with its workspace
-        memory=largest * (4 * (len(experts) + 2) + 8 * 5),
+        # the base, each expert's delta in float32, and one factorisation in float64 with its workspace; or an average's
+        # base, sum, value and delta in float32
+        layer_memory=max(largest * (4 * (len(experts) + 2) + 8 * 5), averaged * 4 * 4),
         warnings=warnings,
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import CoterieError
 from ..methods.registry import Method, Mixture, get
-from ..mixture.probe import called_linears
+from ..mixture.probe import Probe, probe
 from ..mixture.sites import Sites, choose_sites
 from ..recipe import Recipe
 from .inputs import Inputs, open_inputs
@@ -15,13 +15,14 @@ from .inputs import Inputs, open_inputs
 
 @dataclass
 class Prepared:
-    """A build before its first tensor is read."""
+    """A build before its first tensor is read; `siblings` are groups of layers that read the same input."""
 
     inputs: Inputs
     method: Method
     parameters: dict[str, Any]
     mixture: Mixture
     sites: Sites
+    siblings: list[list[str]]
 
 
 def prepare(recipe: Recipe, token: str | None = None) -> Prepared:
@@ -30,30 +31,39 @@ def prepare(recipe: Recipe, token: str | None = None) -> Prepared:
     inputs = open_inputs(recipe, token)
     skeleton = inputs.skeleton
     missing = {name for name in skeleton.tensors if name not in inputs.base and name not in skeleton.tied}
-    called, broke = called_linears(skeleton.model)
-    if broke:
-        inputs.warnings.append(f"the probe forward broke off ({broke}): every linear layer is taken to be called")
-    return sort(inputs, missing, None if broke else called)
+    seen = probe(skeleton.model)
+    if seen.broke:
+        inputs.warnings.append(f"the probe forward broke off ({seen.broke}): every linear layer is taken to be called")
+    return sort(inputs, missing, seen)
 
 
-def sort(inputs: Inputs, missing: set[str], called: set[str] | None) -> Prepared:
+def sort(inputs: Inputs, missing: set[str], seen: Probe | None) -> Prepared:
     """Check the method's parameters, and sort every tensor of opened sources.
 
     Args:
         inputs: the sources.
         missing: tensors that the base lacks.
-        called: linear layers that a probe forward called; None where there was no probe.
+        seen: what a probe forward saw; None where there was none.
     """
     recipe, model = inputs.recipe, inputs.skeleton.model
     method = get(recipe.method)
     parameters = method.parameters(recipe.parameters, len(recipe.experts))
-    sites = choose_sites(model, missing, recipe.modules, recipe.others, called, inputs.skeleton.tied, inputs.warnings)
+    sites = choose_sites(
+        model,
+        missing,
+        recipe.modules,
+        recipe.others,
+        None if seen is None else seen.called,
+        inputs.skeleton.tied,
+        inputs.warnings,
+    )
     per_expert = {name for name, policy in sites.others.items() if policy == "per_expert"}
     for path in sorted({name.rpartition(".")[0] for name in per_expert}):
         _require_module(inputs, path, per_expert)
         sites.heads.append(path)
     sites.others = {name: p for name, p in sites.others.items() if name not in per_expert}
-    return Prepared(inputs, method, parameters, method.assemble(**parameters), sites)
+    siblings = seen.siblings() if seen else []
+    return Prepared(inputs, method, parameters, method.assemble(**parameters), sites, siblings)
 
 
 def _require_module(inputs: Inputs, path: str, names: set[str]) -> None:

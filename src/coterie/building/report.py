@@ -158,6 +158,9 @@ class BuildReport:
                 "traffic", f"{self.bytes_read / gb:.2f} {unit} read, {self.bytes_written / gb:.2f} {unit} written"
             )
             head.add_row("cost", f"{self.seconds:.1f} s, peak anonymous memory {self.peak_memory / 1e6:.0f} MB")
+        certified = max((excess or 0.0 for layer in self.layers for excess in layer.excess), default=0.0)
+        if certified:
+            head.add_row("truncation", f"certified: at most {certified:.1%} above the least error of each rank")
         if self.overlap:
             head.add_row("gate subspaces", f"overlap {self.overlap[0]:.3f} (chance {self.overlap[1]:.3f})")
         parts: list[RenderableType] = [head, self._layers(), self._rest()]
