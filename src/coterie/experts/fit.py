@@ -10,7 +10,7 @@ import torch
 
 from ..sources.delta import Delta
 from .bank import BankShape
-from .factorise import Factors, factorise, residual
+from .factorise import factorise, frobenius, nothing, residual
 
 Rank = int | Literal["full", "dense"]
 
@@ -26,6 +26,7 @@ class LayerReport:
         gate_rank: leading directions that score each candidate.
         residuals: per expert, `|delta - kept| / |delta|` in Frobenius norm, measured in float64, before what is kept
             is rounded to the dtype that is written.
+        excess: per expert, certified: its residual is at most `1 + excess` times the least that its rank allows.
         norms: per expert, `|delta| / |W|`.
         overlap: mean over pairs of `|V_i V_j^T|_F^2 / g` between gate subspaces; None with fewer than two candidates.
         parameters: parameters of the bank.
@@ -37,6 +38,7 @@ class LayerReport:
     ranks: list[int | str | None]
     gate_rank: int
     residuals: list[float | None]
+    excess: list[float | None]
     norms: list[float | None]
     overlap: float | None
     parameters: int
@@ -99,7 +101,7 @@ class TruncatedSVD:
         found = {i: factorise(delta, wanted) for i, delta in enumerate(deltas) if delta is not None}
         found = {i: factors for i, factors in found.items() if factors.rank}
         if len(deltas) == 1 and not found and biases[0] is not None:
-            found = {0: _nothing(d_out, d_in)}
+            found = {0: nothing(d_out, d_in)}
         if not found:
             return None
         candidates, factors = list(found), list(found.values())
@@ -116,7 +118,7 @@ class TruncatedSVD:
         else:
             tensors["down"] = torch.cat([f.vt[:k] for f, k in zip(factors, kept, strict=True)])
             tensors["up"] = torch.cat(
-                [(scales[i] * f.u[:, :k] * f.s[:k]).T for i, f, k in zip(candidates, factors, kept, strict=True)]
+                [(f.u[:, :k] * (scales[i] * f.s[:k])).T for i, f, k in zip(candidates, factors, kept, strict=True)]
             )
         own_gate = several and (dense or gate_rank > min(kept))
         if own_gate:
@@ -130,7 +132,7 @@ class TruncatedSVD:
 
         everyone = range(len(deltas))
         at = {expert: position for position, expert in enumerate(candidates)}
-        norm = float(torch.linalg.vector_norm(weight.double())) or 1.0
+        norm = frobenius(weight) or 1.0
         report = LayerReport(
             path,
             d_in,
@@ -145,18 +147,13 @@ class TruncatedSVD:
                 else residual(factors[at[i]].s[: kept[at[i]]], factors[at[i]].norm)
                 for i in everyone
             ],
+            excess=[None if i not in at else 0.0 if dense else factors[at[i]].excess for i in everyone],
             norms=[factors[at[i]].norm / norm if i in at else None for i in everyone],
             overlap=_overlap([f.vt[:gate_rank] for f in factors]) if several else None,
             parameters=sum(t.numel() for t in tensors.values()),
         )
         shape = BankShape(tuple(candidates), None if dense else tuple(kept), gate_rank, own_gate, changed)
         return FittedLayer(shape, tensors, report)
-
-
-def _nothing(d_out: int, d_in: int) -> Factors:
-    """The factors of a delta that is zero."""
-    empty = torch.zeros(0, dtype=torch.float64)
-    return Factors(empty.new_zeros(d_out, 0), empty, empty.new_zeros(0, d_in), 0.0, 0)
 
 
 def _overlap(rows: list[torch.Tensor]) -> float:
