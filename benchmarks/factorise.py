@@ -21,6 +21,8 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from statistics import median
 from time import process_time
@@ -120,10 +122,11 @@ def model(layers: int, width: int, repeats: int) -> dict[str, Any]:
     named = {f"expert{i}": expert for i, expert in enumerate(experts)}
 
     def theirs() -> None:
-        algorithm = SmileUpscalingAlgorithm(
-            device="cpu", upscaling_accelerator=None, gate_k=GATE_RANK, k=RANK, top_k=1, full_matrices=True
-        )
-        algorithm.merge(copy.deepcopy(base), [copy.deepcopy(expert) for expert in experts])
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # progress bars
+            algorithm = SmileUpscalingAlgorithm(
+                device="cpu", upscaling_accelerator=None, gate_k=GATE_RANK, k=RANK, top_k=1, full_matrices=True
+            )
+            algorithm.merge(copy.deepcopy(base), [copy.deepcopy(expert) for expert in experts])
 
     def ours() -> None:
         coterie.smile(base, named, rank=RANK, gate_rank=GATE_RANK, top_k=1)

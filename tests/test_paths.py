@@ -37,7 +37,7 @@ def net(**options):
         with torch.no_grad():
             for layer in (0,) if name == "d" else (0, 2):
                 weight = tuned[name][layer].weight
-                weight += 0.1 * torch.randn(weight.shape[0], 3 + i) @ torch.randn(3 + i, weight.shape[1])
+                weight += 0.1 * torch.randn(weight.shape[0], 4 + i) @ torch.randn(4 + i, weight.shape[1])
                 tuned[name][layer].bias += 0.1 * torch.randn_like(tuned[name][layer].bias)
     return smile(base, tuned, **options), tuned
 
@@ -74,7 +74,7 @@ def test_each_path_is_the_formula(arch, path):
             assert_matches(model, base, experts, body_linears(arch, base), batch, rank=rank, gate_rank=4, top_k=top_k)
 
 
-@pytest.mark.parametrize("rank", [1, 4, "full", "dense"])
+@pytest.mark.parametrize("rank", [1, 4, 6, "full", "dense"])
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, BFLOAT16)])
 def test_paths_agree_for_every_bank(rank, top_k, dtype, tolerance):
@@ -90,7 +90,7 @@ def test_paths_agree_for_every_bank(rank, top_k, dtype, tolerance):
             assert relative_error(found["grouped"], found["stacked"]) <= tolerance
 
 
-@pytest.mark.parametrize("rank", [1, 4, "dense"])
+@pytest.mark.parametrize("rank", [1, 4, 6, "dense"])
 @pytest.mark.parametrize("top_k", [1, 3])
 def test_gradients_agree(rank, top_k):
     model, _ = net(rank=rank, gate_rank=2, top_k=top_k)
@@ -119,14 +119,17 @@ def test_grouped_products_serve_the_ranks_that_they_can():
 
 
 def test_many_tokens_are_not_made_at_once(monkeypatch):
-    from coterie.mixture import paths
+    from coterie.experts.bank import Bank
 
     model, _ = net(rank=4, gate_rank=2, top_k=2)
-    x = torch.randn(40, 20)
-    with torch.no_grad(), model.coterie.use_path("grouped"):
-        at_once = model(x)
-        monkeypatch.setattr(paths, "AT_ONCE", 100)
-        assert relative_error(model(x), at_once) <= 1e-5
+    product, calls = Bank.by_counts, []
+    monkeypatch.setattr(Bank, "by_counts", lambda *a: calls.append(a) or product(*a))
+    x = torch.randn(300, 20)
+    with torch.no_grad():
+        for tokens, at_once in ((300, 0), (40, 2)):
+            found = by_path(model, lambda n=tokens: model(x[:n]))
+            assert relative_error(found["grouped"], found["stacked"]) <= 1e-5
+            assert len(calls) == at_once
 
 
 @pytest.mark.parametrize("arch", ["bert", "llama"])

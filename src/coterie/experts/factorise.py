@@ -1,6 +1,6 @@
 """Factorising a delta: its leading singular directions, with the residual measured.
 
-Everything here works in float64, in (out, in) orientation.
+Deltas are (out, in); what is found is given in float64.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NUMERICAL_RANK = 1e-6
 ITERATED = 256
 
 # Numbers that are widened to float64 at a time: they stay in a core's cache.
-CHUNK = 2**18
+CHUNK = 2**16
 
 
 @dataclass
@@ -62,7 +62,9 @@ def frobenius(matrix: torch.Tensor) -> float:
     if matrix.stride(0) < matrix.stride(-1):
         matrix = matrix.T
     rows = max(1, CHUNK // max(1, matrix.shape[-1]))
-    return math.hypot(*(float(torch.linalg.vector_norm(part.double())) for part in matrix.split(rows)))
+    wide = matrix.new_empty(min(rows, len(matrix)), matrix.shape[-1], dtype=torch.float64)
+    parts = [torch.linalg.vector_norm(wide[: len(part)].copy_(part)) for part in matrix.split(rows)]
+    return math.hypot(*map(float, parts))
 
 
 def factorise(delta: Delta, rank: int | None = None) -> Factors:
