@@ -3,7 +3,7 @@
 A Llama-like base and two experts are written shard by shard, at two depths and two widths. `coterie.build` then runs
 on each in a process of its own, whose anonymous memory (RssAnon; what the kernel cannot drop) is sampled from outside
 together with its file-backed pages (RssFile; the mapped sources). From the peak goes what the same interpreter holds
-with the same modules imported and nothing done.
+with the same modules imported and nothing done. One layer is in flight (jobs=1); with more jobs, so many more are.
 
     python benchmarks/memory.py                      # writes benchmarks/results/memory.json
     python benchmarks/memory.py --widths 256 --depths 2 8
@@ -36,7 +36,7 @@ BUILD = """
 import json, sys
 import coterie
 recipe, out, modules = sys.argv[1:]
-coterie.build(json.loads(recipe), out=out)
+coterie.build(json.loads(recipe), out=out, jobs=1)
 open(modules, "w").write("\\n".join(sys.modules))
 """
 IDLE = """

@@ -26,8 +26,8 @@ class Prices:
     expert: float
 
 
-SINGLE = Prices(read=15, moved=41, expert=67_000)
-HALF = Prices(read=22, moved=50, expert=5_700_000)
+SINGLE = Prices(read=17, moved=33, expert=290_000)
+HALF = Prices(read=19, moved=86, expert=5_900_000)
 
 # Up to this many tokens siblings share a scoring product: above, the shared scores fall out of the cache.
 SHARED = 64
