@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-REPEATS, FEWEST = 15, 9  # rounds at least; and where they take longer than LIMIT
-ENOUGH, LIMIT = 1.0, 3.0  # seconds a variant: where an unstable median is left as it is; where a cell ends
+REPEATS, FEWEST = 15, 7  # rounds at least; and where they take longer than LIMIT
+ENOUGH, LIMIT = 0.6, 2.0  # seconds a variant: where an unstable median is left as it is; where a cell ends
 STABLE = 0.01  # half-width of the median's 95% interval, as a share of it
 
 

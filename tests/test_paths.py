@@ -15,7 +15,7 @@ from coterie.experts.bank import BankShape
 from coterie.mixture import cost
 from matching import assert_matches, relative_error, smile, traced
 from reference import from_model
-from zoo import ALL, ARCHS, base_model, body_linears, fine_tune, inputs
+from zoo import ALL, ARCHS, base_model, body_linears, fine_tune, inputs, outputs
 
 PATHS = ("stacked", "grouped")
 # Half precision: the paths round at different places, each once per product.
@@ -224,7 +224,9 @@ def test_an_expert_for_each_example():
             with model.coterie.route(given):
                 for path, got in by_path(model, lambda: model(x), (*PATHS, "auto")).items():
                     assert relative_error(got, wanted) <= 1e-5, path
-                assert relative_error(model(x.flatten(0, 1)), wanted.flatten(0, 1)) <= 1e-5  # tokens flat
+        for other in (x.flatten(0, 1), x.transpose(0, 1)):
+            with model.coterie.route(names), pytest.raises(CoterieError, match="4 examples"):
+                model(other)  # whose rows are these?
 
 
 def test_what_route_refuses():
@@ -234,6 +236,8 @@ def test_what_route_refuses():
             model.coterie.route(to)
     with pytest.raises(CoterieError, match="shape"):
         model.coterie.route(torch.ones(2, 4))
+    with pytest.raises(CoterieError, match="no names"):
+        model.coterie.route([])
     with model.coterie.route(["a", "b", "c"]), pytest.raises(CoterieError, match="3 examples"):
         model(torch.randn(4, 20))
     with pytest.raises(CoterieError, match="no compute path"):
@@ -264,6 +268,8 @@ def test_a_lone_expert_needs_no_router():
     x = torch.randn(5, 20)
     model[0].router.forward = None  # is not called
     with torch.no_grad():
+        model(x)
+        assert merged_weight(model) is None  # a second copy of the weights only for who asks for it
         for path, got in by_path(model, lambda: model(x), ("auto", "merged", "stacked", "grouped")).items():
             assert relative_error(got, tuned(x)) <= 1e-5, path
 
@@ -309,13 +315,65 @@ def test_what_inference_mode_keeps_serves_training():
     x = torch.randn(2, 20)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    with torch.inference_mode(), model.coterie.use_path("grouped"):
-        model(x)
+    with torch.inference_mode():
+        with model.coterie.use_path("grouped"):
+            model(x)
         model.coterie.route("a")
         model(x)
+        assert merged_weight(model) is not None
     mine = x.clone().requires_grad_()
     model(mine).sum().backward()
     assert mine.grad is not None
+
+
+@pytest.mark.parametrize("path", ["merged", "grouped"])
+def test_fused_optimisers_and_autocast_leave_nothing_stale(path):
+    """A fused optimiser's steps are not counted by torch, and autocast rounds what is made under it."""
+    model, _ = net(rank=6, gate_rank=2)
+    x = torch.randn(30, 20)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    if path == "merged":
+        model.coterie.route("a")
+    with model.coterie.use_path("auto" if path == "merged" else path):
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            model(x)
+        for _ in range(2):
+            with torch.no_grad():
+                kept = model(x)
+                model.coterie.drop()
+                assert torch.equal(model(x), kept)
+            model(x).square().sum().backward()
+            optimiser.step()
+
+
+def test_adapters_that_peft_merges_are_seen():
+    from peft import LoraConfig, get_peft_model
+
+    model = mixture_of("llama")
+    batch = inputs("llama")
+    wrapped = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)).eval()
+    with torch.no_grad(), model.coterie.route("e1"):
+        wanted = wrapped(**batch).logits
+        wrapped.merge_adapter()
+        assert relative_error(wrapped(**batch).logits, wanted) <= 1e-4
+        wrapped.unmerge_adapter()
+        assert relative_error(wrapped(**batch).logits, wanted) <= 1e-4
+
+
+@pytest.mark.parametrize("path", ["auto", "stacked", "grouped"])
+@pytest.mark.parametrize("arch", ["bert", "llama"])
+def test_offloaded_parameters_are_brought_in(arch, path):
+    from accelerate import cpu_offload
+
+    model, batch = mixture_of(arch), inputs(arch)
+    with torch.no_grad(), model.coterie.use_path(path):
+        wanted = outputs(model, batch)
+        with model.coterie.route("e2"):
+            routed = outputs(model, batch)
+        cpu_offload(model, "cpu")
+        assert relative_error(outputs(model, batch), wanted) <= 1e-5
+        with model.coterie.route("e2"):
+            assert relative_error(outputs(model, batch), routed) <= 1e-5
 
 
 # --- siblings -------------------------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ def whole_directory(
     _require_free(out, force, sources)
     made: list[Path] = []
     staging, lock = _left(out, identity if resume else None)
-    keep = False
+    keep = found = staging is not None  # what was worth going on with stays so, whatever this run meets
     try:
         for parent in reversed([p for p in out.parents if not p.exists()]):
             parent.mkdir()
@@ -69,7 +69,8 @@ def whole_directory(
             # Under its own name only once it is locked, or another run might take it for a dead one's.
             staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.new-", dir=out.parent))
             lock = _lock(staging)
-            staging = staging.rename(out.with_name(staging.name.replace(".new-", ".partial-", 1)))
+            own = staging.name.removeprefix(f".{out.name}.new-")
+            staging = staging.rename(out.with_name(f".{out.name}.partial-{own}"))
         yield staging
         for name in (LOCK, JOURNAL):
             (staging / name).unlink(missing_ok=True)
@@ -80,12 +81,13 @@ def whole_directory(
             out.rename(old)
         staging.rename(out)
         shutil.rmtree(old, ignore_errors=True)
+        keep = False
     except OSError as error:
         raise _io_error(error, out) from None
     except CoterieError:
         raise
     except BaseException:
-        keep = identity is not None and staging is not None and has_shards(staging)
+        keep = found or (identity is not None and staging is not None and has_shards(staging))
         raise
     finally:
         if staging is not None and not keep:

@@ -6,6 +6,7 @@ run side by side as there are cores. Threads suffice: reading, hashing and linea
 
 from __future__ import annotations
 
+import json
 import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -87,11 +88,12 @@ def _in_order(
 
 @dataclass(frozen=True)
 class _Job:
-    """A build as another process is told of it, which opens the sources for itself."""
+    """A build as another process is told of it, which opens the sources for itself, anew where the files changed."""
 
     recipe: str
     token: str | None
     options: Options
+    files: str
 
 
 @lru_cache(maxsize=1)
@@ -154,7 +156,8 @@ def on_ray(
         cores = int(ray.cluster_resources().get("CPU", 1))
         gpus = 0 if torch.device(options.device).type == "cpu" else 1
         task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=3)(_make_elsewhere)
-        job = ray.put(_Job(_for_others(ready.inputs).model_dump_json(), token, options))
+        recipe, files = _for_others(ready.inputs).model_dump_json(), json.dumps(ready.inputs.files())
+        job = ray.put(_Job(recipe, token, options, files))
         yield from _in_order(lambda step: task.remote(job, step), ray.get, steps, (jobs or cores) + 1)
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None

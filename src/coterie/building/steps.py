@@ -113,7 +113,8 @@ def make(ready: Prepared, options: Options, step: Step) -> Made:
         CoterieError: tensors that are damaged, not finite, or of another shape than the base's.
     """
     making = _Making(ready, options)
-    {"layer": making.layer, "tensor": making.tensor, "head": making.head}[step.kind](step.name)
+    with torch.autocast(torch.device(options.device).type, enabled=False):
+        {"layer": making.layer, "tensor": making.tensor, "head": making.head}[step.kind](step.name)
     making.facts.sha256 = {source: c.sha256 for source, c in making.inputs.checkpoints.items() if c.sha256}
     give_back()
     return Made(making.groups, making.facts)
@@ -131,7 +132,7 @@ class _Making:
     def _write(self, tensors: dict[str, torch.Tensor], is_base: bool = False) -> None:
         self.facts.parameters += sum(t.numel() for t in tensors.values() if t.is_floating_point())
         if not (self.options.light and is_base):
-            self.groups.append(tensors)
+            self.groups.append({name: tensor.cpu() for name, tensor in tensors.items()})
 
     def layer(self, path: str) -> None:
         base = self.inputs.base

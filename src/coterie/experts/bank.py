@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -89,6 +89,10 @@ class Bank(nn.Module):
         self._score_rows = Derived()
         self._widths = (d_in, d_out)
 
+    def forward(self, run: Callable[[], Any]) -> Any:
+        """Run what reads the bank's parameters, between the hooks that it may have."""
+        return run()
+
     @property
     def experts(self) -> int:
         """How many candidates there are."""
@@ -145,29 +149,32 @@ class Bank(nn.Module):
         """
         x = x if tokens is None else x.index_select(0, tokens)
         gates = None if gates is None else gates.to(y.dtype)
-        bias = self.bias[expert].to(y.dtype) if self.shape.bias else None
+        bias = self.bias[expert, None].to(y.dtype) if self.shape.bias else None
         if self.shape.ranks is None:
             part = F.linear(x, self.dense[expert]).to(y.dtype)
+            part = part if bias is None else part + bias
             part = part if gates is None else part * gates
         else:
             rows = self.rows(expert)
-            z = F.linear(x, self.down[rows]).to(y.dtype)
-            z, up = z if gates is None else z * gates, self.up[rows].to(y.dtype)
-            if tokens is None and bias is None:
+            z, up = F.linear(x, self.down[rows]).to(y.dtype), self.up[rows].to(y.dtype)
+            z = z if gates is None else z * gates
+            if bias is not None:  # one more rank: no pass over the outputs of its own
+                z = torch.cat([z, z.new_ones(len(z), 1) if gates is None else gates], dim=-1)
+                up = torch.cat([up, bias])
+            if tokens is None:
                 return y.addmm_(z, up)
-            if bias is not None and gates is None:
-                part, bias = torch.addmm(bias, z, up), None
-            else:
-                part = z @ up
-        if bias is not None:
-            part = part + (bias if gates is None else gates * bias)
+            part = z @ up
         return y.add_(part) if tokens is None else y.index_add_(0, tokens, part)
 
     def groupable(self, x: torch.Tensor) -> bool:
         """Whether `by_counts` can be used: torch's grouped product wants equal ranks, in strides of 16 bytes."""
         ranks = self.shape.ranks or (0, 1)
         suits = x.dtype in (torch.float32, torch.bfloat16, torch.float16) and x.device.type == "cpu"
-        even = len(set(ranks)) == 1 and all(w * x.element_size() % 16 == 0 for w in (ranks[0], *self._widths))
+        even = (
+            len(set(ranks)) == 1
+            and ranks[0] > 0
+            and all(w * x.element_size() % 16 == 0 for w in (ranks[0], *self._widths))
+        )
         return GROUPED_MM is not None and suits and even and not torch.is_autocast_enabled("cpu")
 
     def by_counts(self, x: torch.Tensor, gates: torch.Tensor | None, counts: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,8 @@ from torch import nn
 class Derived:
     """One tensor (or a tuple of them) made from parameters, for inference.
 
-    It is made anew when a parameter was changed in place, replaced or moved. Where gradients would flow, and under
+    It is made anew when torch counts a change in place, or when a parameter was replaced or moved. Changes that torch
+    does not count (through `.data`, or by a fused optimiser) need `drop`. Where gradients would flow, and under
     tracing, it is made at each call and not kept. Copies and pickles start empty.
     """
 
@@ -32,7 +33,9 @@ class Derived:
             return make()
         key = (of, *((p.data_ptr(), p.dtype, None if p.is_inference() else p._version) for p in parameters))
         if key != self._key:
-            with torch.inference_mode(False), torch.no_grad():  # usable outside of inference mode, too
+            device = parameters[0].device.type
+            # usable, and precise, outside of inference mode and of autocast too
+            with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
                 self._value, self._key = make(), key
         return self._value
 

@@ -34,7 +34,7 @@ class Context:
         """The decision that was given from outside, for a layer's tokens.
 
         Args:
-            leading: the shape of the layer's input without its width; examples may be flattened into tokens.
+            leading: the shape of the layer's input without its width.
             candidates: the layer's experts.
             device: where the layer computes.
 
@@ -43,12 +43,14 @@ class Context:
         """
         assert self.gates is not None
         batch, tokens, _ = self.gates.shape
-        rows = leading.numel()
-        gates = self.gates[..., list(candidates)].to(device)
-        if rows % batch or (tokens > 1 and rows != batch * tokens):
+        first, rest = leading[0] if leading else 1, leading[1:].numel()
+        if first != batch or (tokens > 1 and rest != tokens):
+            given = f"{batch} examples" + (f" of {tokens} tokens" if tokens > 1 else "")
             raise CoterieError(
-                f"gates were given for {batch} examples of {tokens} tokens, and a layer sees {tuple(leading)}",
+                f"gates were given for {given}, and a layer sees {tuple(leading)}",
                 "model.coterie.route",
-                "give one expert per example of the batch, or gates of shape (batch, 1 or tokens, experts)",
+                "give one expert per row that the model sees (with beams: per beam); models whose layers do not see "
+                "examples first take one decision for all",
             )
-        return Decision(len(candidates), None, gates.expand(batch, rows // batch, -1).reshape(rows, -1))
+        gates = self.gates[..., list(candidates)].to(device)
+        return Decision(len(candidates), None, gates.expand(batch, rest, -1).reshape(batch * rest, -1))

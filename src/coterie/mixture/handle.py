@@ -108,12 +108,15 @@ class Handle:
         """Say which experts answer, in place of the layers' routers; heads stay as `use_head` has them.
 
         For good as a call, for a block in a `with` statement. The choice is the model's: threads that share a model
-        share it. A layer that an expert did not touch stays as in the base for it.
+        share it. A layer that an expert did not touch stays as in the base for it. With gradient checkpointing, stay in
+        the block until `backward()` is done.
 
         Args:
-            to: an expert's name, for every token of every call: layers are merged once and run at dense speed; or
-                name -> weight, which mixes the experts' deltas for every token; or one name per example of the batch;
-                or gates (batch, tokens or 1, experts), in the order of `expert_names`; or None: the layers decide.
+            to: an expert's name, for every token of every call: where no gradients are wanted (`torch.no_grad()`),
+                layers are merged once, kept beside the base's weights, and run at dense speed; or name -> weight, which
+                mixes the experts' deltas for every token; or one name per row of the batch; or gates (batch, tokens or
+                1, experts), in the order of `expert_names`; or None: the layers decide. Names per row and gates need
+                layers that see the examples first, gates per token such that see just these tokens.
 
         Raises:
             CoterieError: no such expert, or gates of another shape.
@@ -131,8 +134,10 @@ class Handle:
                 raise CoterieError(
                     f"gates have shape {tuple(to.shape)}", "route", f"give (batch, tokens or 1, {len(names)} experts)"
                 )
-            gates = to.float()
+            gates = to.detach().float()
         elif to is not None:
+            if not to:
+                raise CoterieError("no names given", "route", "give one per row of the batch, or None")
             index = torch.tensor([self._index(name, "route") for name in to])
             gates = nn.functional.one_hot(index, len(names)).float()[:, None]
         self._decide(weights, gates)
@@ -156,7 +161,7 @@ class Handle:
     def drop(self) -> None:
         """Forget what layers derived from their parameters (merged weights, packed rows).
 
-        Needed only after a change that torch does not see, such as one through `.data`.
+        Needed only after a change that torch does not count, such as one through `.data`.
         """
         for layer in self._layers:
             layer.drop()

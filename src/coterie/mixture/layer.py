@@ -41,25 +41,39 @@ class _Mixture(nn.Module):
         return self.base_weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if flows(self):
+            self.drop()  # training follows, and fused optimisers leave no trace of their steps
         constant = self._constant()
         path = self._path(x, constant)
+        if constant is not None and not any(constant):
+            self._record(torch.tensor(constant, device=x.device), x.shape[:-1])
+            return cast(torch.Tensor, super().forward(x))
         if path == "merged" and constant is not None:
-            if self.context.recorders:
-                self._record(torch.tensor(constant, device=x.device), x.shape[:-1])
-            if not any(constant):
-                return cast(torch.Tensor, super().forward(x))
-            own = tuple(p for p in (*self._parameters.values(), *self.bank._parameters.values()) if p is not None)
-            return F.linear(x, *self._merged.get(own, lambda: self.merge(constant), constant))
-        bank, leading = self.bank, x.shape[:-1]
+            self._record(torch.tensor(constant, device=x.device), x.shape[:-1])
+            return F.linear(x, *self.bank(lambda: self._merge_once(constant)))
         flat = x.reshape(-1, x.shape[-1])
         y = super().forward(flat)
-        flat = flat.to(bank.dtype)
+        # Through the bank's own call, for the sake of hooks that bring its parameters from elsewhere (offloading).
+        y = self.bank(lambda: self._add_experts(path, constant, x, flat.to(self.bank.dtype), y))
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def _add_experts(
+        self, path: Path, constant: tuple[float, ...] | None, x: torch.Tensor, flat: torch.Tensor, y: torch.Tensor
+    ) -> torch.Tensor:
+        bank = self.bank
         z = F.linear(flat, bank.down) if path == "stacked" and bank.shape.ranks is not None else None
         decision = self._decide(path, x, flat, z, constant)
         if self.context.recorders:
-            self._record(decision.gates(), leading)
-        y = grouped(bank, flat, decision, y) if path == "grouped" else stacked(bank, flat, z, decision, y)
-        return y.view(*leading, y.shape[-1])
+            self._record(decision.gates(), x.shape[:-1])
+        return grouped(bank, flat, decision, y) if path == "grouped" else stacked(bank, flat, z, decision, y)
+
+    def _merge_once(self, constant: tuple[float, ...]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        own = tuple(p for p in (*self._parameters.values(), *self.bank._parameters.values()) if p is not None)
+        # PEFT merges adapters through `.data`, which torch does not count: a few weights show it (on a GPU, the look
+        # would wait for the device).
+        weight = self.base_weight.detach()
+        seen = weight[:: max(1, len(weight) // 4), 0].tolist() if weight.device.type == "cpu" else None
+        return cast(Any, self._merged.get(own, lambda: self.merge(constant), (constant, str(seen))))
 
     def merge(self, weights: tuple[float, ...]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`W + sum_i w_i delta_i`, (d_out, d_in), and the bias: the layer under one decision for every token.
@@ -109,7 +123,7 @@ class _Mixture(nn.Module):
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return "stacked"  # nothing that depends on data
         if constant is not None:
-            return "grouped" if flows(self) else "merged"
+            return "merged" if self.context.weights is not None and not flows(self) else "grouped"
         if x.device.type != "cpu":
             return "stacked"  # nothing that waits for the device
         shape, k = self.bank.shape, self.router.select.k if self.context.gates is None else self.context.active
@@ -130,13 +144,14 @@ class _Mixture(nn.Module):
             return self.context.given(x.shape[:-1], bank.shape.experts, flat.device)
         if z is not None and not bank.shape.gate:
             return self.router(bank.leading(z))
-        if path == "grouped" and self.siblings is not None and len(flat) <= SHARED and not flows(bank):
+        alone = self.siblings is None or len(flat) > SHARED or flows(bank) or hasattr(bank, "_hf_hook")
+        if path == "grouped" and self.siblings is not None and not alone:
             return self.siblings.decide(self, x, flat)
         return self.router(F.linear(flat, bank.score_rows()).unflatten(-1, (bank.experts, -1)))
 
-    def _record(self, gates: torch.Tensor, leading: Any) -> None:
+    def _record(self, gates: torch.Tensor, leading: torch.Size) -> None:
         for record in self.context.recorders:
-            record(self, gates.expand(torch.Size(leading).numel(), -1).view(*leading, -1))
+            record(self, gates.expand(leading.numel(), -1).view(*leading, gates.shape[-1]))
 
 
 class MixtureLinear(_Mixture, nn.Linear):  # type: ignore[misc]

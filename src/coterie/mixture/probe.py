@@ -93,7 +93,7 @@ def probe(model: Any) -> Probe:
         if type(module) in MIXTURE_OF
     ]
     try:
-        with torch.no_grad(), _Answers():
+        with torch.inference_mode(False), torch.no_grad(), _Answers():
             model(**{k: v.bfloat16() if v.is_floating_point() else v for k, v in probe_inputs(model).items()})
     except Exception as error:  # any architecture may refuse to run without data; the caller reports it
         seen.broke = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

@@ -77,7 +77,7 @@ class MixtureSpec:
             spec["experts"],
             {path: BankShape.from_dict(shape) for path, shape in spec["layers"].items()},
             {path: HeadShape(h["owners"], h["shapes"]) for path, h in spec["heads"].items()},
-            spec["siblings"],
+            spec.get("siblings", []),
             spec["labels"],
             spec.get("base"),
         )

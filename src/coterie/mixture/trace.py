@@ -50,6 +50,8 @@ def routing_trace(model: Any) -> Iterator[RoutingTrace]:
     names = {layer: name for name, layer in model.named_modules() if is_mixture(layer)}
 
     def record(layer: Any, gates: torch.Tensor) -> None:
+        if layer not in names:  # a copy's, which shares its recorders
+            return
         whole = gates.new_zeros(*gates.shape[:-1], total)
         whole[..., list(layer.bank.shape.experts)] = gates.detach()
         trace[names[layer]] = trace.shaped(whole)
