@@ -322,7 +322,8 @@ bfloat16 arithmetic. Versions: {", ".join(f"{name} {number}" for name, number in
     )
     section(
         "One expert known for the call, or one expert in all",
-        'With `model.coterie.route("name")`, or a single expert, layers are merged once and run like the dense base.',
+        'With `model.coterie.route("name")`, layers are merged once and run like the dense base, with a second copy of '
+        "their weights in memory. A single expert needs no router; it is merged only where one asks for it.",
         one,
         simple_table,
         "",
