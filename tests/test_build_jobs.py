@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 
 import pytest
@@ -110,3 +111,16 @@ def test_what_cannot_be_is_refused(tmp_path, recipe, bad):
     with pytest.raises(coterie.CoterieError, match=r"jobs|engine"):
         coterie.build(recipe, out=tmp_path / "out", **bad)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_line_sizes_the_shards(tmp_path):
+    from typer.testing import CliRunner
+
+    from coterie.cli import app
+
+    recipe, file = write_sources(tmp_path), tmp_path / "recipe.yaml"
+    file.write_text(json.dumps(recipe))  # JSON is YAML
+    coterie.build(recipe, out=tmp_path / "python", max_shard_bytes=SHARD)
+    options = ["build", str(file), "-o", str(tmp_path / "cli"), "--max-shard-gb", str(SHARD / 1e9)]
+    assert CliRunner().invoke(app, options).exit_code == 0
+    assert contents(tmp_path / "cli") == contents(tmp_path / "python")

@@ -225,7 +225,7 @@ def test_an_expert_for_each_example():
                 for path, got in by_path(model, lambda: model(x), (*PATHS, "auto")).items():
                     assert relative_error(got, wanted) <= 1e-5, path
         for other in (x.flatten(0, 1), x.transpose(0, 1)):
-            with model.coterie.route(names), pytest.raises(CoterieError, match="4 examples"):
+            with model.coterie.route(names), pytest.raises(CoterieError, match="4 rows"):
                 model(other)  # whose rows are these?
 
 
@@ -236,9 +236,15 @@ def test_what_route_refuses():
             model.coterie.route(to)
     with pytest.raises(CoterieError, match="shape"):
         model.coterie.route(torch.ones(2, 4))
-    with pytest.raises(CoterieError, match="no names"):
-        model.coterie.route([])
-    with model.coterie.route(["a", "b", "c"]), pytest.raises(CoterieError, match="3 examples"):
+    for nothing in ([], {}):
+        with pytest.raises(CoterieError, match="no names"):
+            model.coterie.route(nothing)
+    for weight in (float("nan"), float("inf"), "1"):
+        with pytest.raises(CoterieError, match="finite"):
+            model.coterie.route({"a": weight})
+    with pytest.raises(CoterieError, match="finite"):
+        model.coterie.route(torch.full((2, 1, 4), float("nan")))
+    with model.coterie.route(["a", "b", "c"]), pytest.raises(CoterieError, match="3 rows"):
         model(torch.randn(4, 20))
     with pytest.raises(CoterieError, match="no compute path"):
         model.coterie.use_path("fast")

@@ -76,6 +76,9 @@ def build(
         typer.Option(help="Layers at a time; memory grows with it, the output is the same. Default: the cores."),
     ] = None,
     engine: Annotated[str, typer.Option(help="local, or ray: the layers as tasks of a Ray cluster.")] = "local",
+    max_shard_gb: Annotated[
+        float, typer.Option("--max-shard-gb", min=1e-6, help="Size of a shard, and of what `--resume` goes on after.")
+    ] = 5.0,
     resume: Annotated[
         bool,
         typer.Option(
@@ -124,6 +127,7 @@ def build(
         raise CoterieError("no output directory given", "build", "give -o DIR")
     console = None if as_json else _console(stderr=True)
     how: dict[str, Any] = {"device": device, "jobs": jobs, "engine": engine, "resume": resume}
+    how["max_shard_bytes"] = int(max_shard_gb * 1e9)
     report = run(whole, out, force=force, light=light, token=token, console=console, **how)
     _show(report, as_json)
 

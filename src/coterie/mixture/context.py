@@ -45,9 +45,10 @@ class Context:
         batch, tokens, _ = self.gates.shape
         first, rest = leading[0] if leading else 1, leading[1:].numel()
         if first != batch or (tokens > 1 and rest != tokens):
-            given = f"{batch} examples" + (f" of {tokens} tokens" if tokens > 1 else "")
+            given = f"{batch} rows" + (f" of {tokens} tokens" if tokens > 1 else "")
+            seen = " x ".join(map(str, leading)) or "1"
             raise CoterieError(
-                f"gates were given for {given}, and a layer sees {tuple(leading)}",
+                f"experts were given for {given}, and a layer's input has {seen} rows and tokens",
                 "model.coterie.route",
                 "give one expert per row that the model sees (with beams: per beam); models whose layers do not see "
                 "examples first take one decision for all",

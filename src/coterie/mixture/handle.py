@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -34,6 +35,12 @@ class _Standing:
 
     def __exit__(self, *_: Any) -> None:
         self._restore()
+
+
+def _finite(weight: Any) -> float:
+    if not isinstance(weight, (int, float)) or not math.isfinite(weight):
+        raise CoterieError(f"the weight {weight!r} is no finite number", "route", "give finite weights")
+    return float(weight)
 
 
 class Handle:
@@ -127,7 +134,9 @@ class Handle:
         if isinstance(to, str):
             to = {to: 1.0}
         if isinstance(to, dict):
-            chosen = {self._index(name, "route"): float(weight) for name, weight in to.items()}
+            chosen = {self._index(name, "route"): _finite(weight) for name, weight in to.items()}
+            if not chosen:
+                raise CoterieError("no names given", "route", "give name -> weight, or None")
             weights = tuple(chosen.get(i, 0.0) for i in range(len(names)))
         elif isinstance(to, torch.Tensor):
             if to.ndim != 3 or to.shape[-1] != len(names):
@@ -135,6 +144,8 @@ class Handle:
                     f"gates have shape {tuple(to.shape)}", "route", f"give (batch, tokens or 1, {len(names)} experts)"
                 )
             gates = to.detach().float()
+            if not gates.isfinite().all():
+                raise CoterieError("gates are not finite", "route", "give finite gates")
         elif to is not None:
             if not to:
                 raise CoterieError("no names given", "route", "give one per row of the batch, or None")
@@ -150,7 +161,7 @@ class Handle:
 
         Args:
             path: stacked (all experts at once), grouped (each expert on its own tokens), merged (one dense weight,
-                where one decision holds for the call: after `route("name")`, or with a single expert), or auto.
+                where one decision holds for the whole call: after `route` to one expert or one mix), or auto.
         """
         if path not in ("auto", *PATHS):
             raise CoterieError(f"no compute path {path!r}", "use_path", f"known: auto, {', '.join(PATHS)}")

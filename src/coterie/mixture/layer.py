@@ -114,7 +114,7 @@ class _Mixture(nn.Module):
         forced = self.context.path
         if forced == "merged" and constant is None:
             raise CoterieError(
-                "the merged path needs one decision for the call, and here every token decides for itself",
+                "the merged path needs one decision for the whole call, and here tokens or rows have their own",
                 "model.coterie.use_path",
                 'name the expert (model.coterie.route("name")), or leave the path at "auto"',
             )
