@@ -123,7 +123,7 @@ def jobs(options: argparse.Namespace) -> dict[str, Any]:
                 )
         ready = prepare(read_recipe(recipe))
         steps = steps_of(ready)
-        told = engines._Job(read_recipe(recipe).model_dump_json(), None, Options())
+        told = engines._Job(read_recipe(recipe).model_dump_json(), None, Options(), files="")
         alone: dict[str, list[Any]] = {"1 thread": [], "2 threads": [], "2 processes": []}
         with engines.one_thread(), ProcessPoolExecutor(2, get_context("spawn")) as pool:
             pool.submit(engines._make_elsewhere, told, steps[0]).result()
