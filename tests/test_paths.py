@@ -300,6 +300,7 @@ def test_merged_weights_are_kept_and_dropped():
         buffer = io.BytesIO()
         torch.save(model, buffer)
         buffer.seek(0)
+        # a pickle of our own making: users do save whole modules, and what is kept must not travel along
         for copied in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
             assert merged_weight(copied) is None
             assert torch.equal(copied(x), first)
