@@ -430,8 +430,14 @@ def test_siblings_notice_that_their_input_changed():
     with torch.no_grad(), model.coterie.use_path("grouped"):
         first(x)
         x.neg_().add_(1)
-        got = second(x)
+        pair, got = second.siblings, second(x)
         second.siblings = None
+        assert torch.equal(got, second(x))
+        second.siblings = pair
+        second.bank.down.data[:] = torch.randn_like(second.bank.down)  # torch does not count this
+        second.drop()
+        first(x)
+        got, second.siblings = second(x), None
         assert torch.equal(got, second(x))
 
 
