@@ -26,9 +26,12 @@ _EXPORTS = {
     "MergeReport": "coterie.merging.report",
     "smile": "coterie.methods.smile",
     "load": "coterie.mixture.load",
+    "MixtureConfig": "coterie.training.wrap",
     "routing_trace": "coterie.mixture.trace",
     "Recipe": "coterie.recipe",
+    "library": "coterie.library",
     "methods": "coterie.methods",
+    "wrap": "coterie.training.wrap",
 }
 
 if TYPE_CHECKING:
@@ -43,22 +46,26 @@ if TYPE_CHECKING:
     from .mixture.load import load
     from .mixture.trace import routing_trace
     from .recipe import Recipe
+    from .training.wrap import MixtureConfig, wrap
 
 __all__ = [
     "BuildReport",
     "CoterieError",
     "MergeReport",
+    "MixtureConfig",
     "Recipe",
     "build",
     "compress",
     "extract",
     "extract_expert",
+    "library",
     "load",
     "merge",
     "methods",
     "plan",
     "routing_trace",
     "smile",
+    "wrap",
 ]
 
 
@@ -66,7 +73,7 @@ def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
         raise AttributeError(f"module 'coterie' has no attribute {name!r}")
     module = importlib.import_module(_EXPORTS[name])
-    return module if name == "methods" else getattr(module, name)
+    return module if name in ("library", "methods") else getattr(module, name)
 
 
 def __dir__() -> list[str]:

@@ -163,5 +163,5 @@ def _layer(inputs: Inputs, mixture: Mixture, path: str) -> PlannedLayer:
     d_in, d_out = widths(inputs.skeleton.module(path))
     bounds = [expert.rank_bound(path) for expert in inputs.experts]
     bias = any(expert.has(f"{path}.bias") for expert in inputs.experts)
-    ranks, parameters = mixture.experts.plan(d_in, d_out, bounds, bias)
+    ranks, parameters = mixture.fitted.plan(d_in, d_out, bounds, bias)
     return PlannedLayer(path, d_in, d_out, ranks, parameters)

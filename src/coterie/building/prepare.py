@@ -27,7 +27,12 @@ class Prepared:
 
 def prepare(recipe: Recipe, token: str | None = None) -> Prepared:
     """Open every source, check every parameter and sort every tensor, from headers alone."""
-    get(recipe.method).parameters(recipe.parameters, len(recipe.experts))  # before anything is fetched
+    method = get(recipe.method)
+    method.parameters(recipe.parameters, len(recipe.experts))  # before anything is fetched
+    if method.trained:
+        raise CoterieError(
+            f"{recipe.method} is trained, and a build trains nothing", "method", "use coterie.wrap or `coterie train`"
+        )
     inputs = open_inputs(recipe, token)
     skeleton = inputs.skeleton
     missing = {name for name in skeleton.tensors if name not in inputs.base and name not in skeleton.tied}

@@ -171,7 +171,7 @@ class _Making:
             raise CoterieError(f"tensor '{path}.weight' has shape {list(weight.shape)}", "base", "restore the file")
         deltas = [expert.delta(path, weight, transposed) for expert in experts]
         biases = [expert.bias(path, bias) for expert in experts]
-        return self.ready.mixture.experts.fit(
+        return self.ready.mixture.fitted.fit(
             path,
             (weight.T if transposed else weight).to(device),
             [None if delta is None else delta.to(device) for delta in deltas],

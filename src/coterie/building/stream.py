@@ -48,7 +48,7 @@ class Stream:
     def __init__(
         self, ready: Prepared, sink: Sink, report: BuildReport, engine: Engine, done: Mapping[Step, Facts] | None = None
     ):
-        self.inputs, self.sites, self._experts = ready.inputs, ready.sites, ready.mixture.experts
+        self.inputs, self.sites, self._experts = ready.inputs, ready.sites, ready.mixture.fitted
         self.sink, self.report, self.engine, self.done = sink, report, engine, done or {}
         names = self.inputs.recipe.names
         self.spec = MixtureSpec(ready.method.name, ready.parameters, ready.mixture.routing, names)

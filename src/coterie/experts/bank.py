@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..errors import CoterieError
+from ..recipe import nearest
 from .derived import Derived
 
 # Older releases of torch lack it.
@@ -26,27 +28,34 @@ class BankShape:
         gate_rank: leading right singular directions that score a candidate (0 where there is one candidate).
         gate: whether the gate has rows of its own (the down-projection has fewer than `gate_rank` rows, or none).
         bias: whether any candidate changes the bias.
+        scale: factor on every candidate's output (LoRA's alpha / r).
+        activation: between down- and up-projection, a name that transformers knows; None: none. With one, the
+            down-projection has a bias.
+        after: whether the experts read what the base layer gives (bottleneck adapters) and not its input.
+        norm: whether a layer norm follows on what they give together.
+        dropout: on what they read, in training.
     """
 
     experts: tuple[int, ...]
     ranks: tuple[int, ...] | None
-    gate_rank: int
-    gate: bool
-    bias: bool
+    gate_rank: int = 0
+    gate: bool = False
+    bias: bool = False
+    scale: float = 1.0
+    activation: str | None = None
+    after: bool = False
+    norm: bool = False
+    dropout: float = 0.0
 
     @classmethod
     def from_dict(cls, shape: dict[str, Any]) -> BankShape:
-        ranks = shape["ranks"]
-        return cls(
-            tuple(shape["experts"]),
-            None if ranks is None else tuple(ranks),
-            shape["gate_rank"],
-            shape["gate"],
-            shape["bias"],
-        )
+        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in shape.items()}
+        return cls(**given)
 
     def to_dict(self) -> dict[str, Any]:
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        usual = {f.name: f.default for f in fields(self)[5:]}
+        given = {k: v for k, v in asdict(self).items() if k not in usual or v != usual[k]}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in given.items()}
 
     @property
     def forms(self) -> tuple[int | str, ...]:
@@ -59,7 +68,7 @@ class BankShape:
 
     def tensors(self, d_in: int, d_out: int) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every parameter of the bank."""
-        n = len(self.experts)
+        n, d_in = len(self.experts), d_out if self.after else d_in
         shapes: dict[str, tuple[int, ...]] = {}
         if self.ranks is None:
             shapes["dense"] = (n, d_out, d_in)
@@ -70,7 +79,26 @@ class BankShape:
             shapes["gate"] = (n * self.gate_rank, d_in)
         if self.bias:
             shapes["bias"] = (n, d_out)
+        if self.activation is not None:
+            shapes["down_bias"] = (sum(self.ranks or ()),)
+        if self.norm:
+            shapes |= {"norm_weight": (d_out,), "norm_bias": (d_out,)}
         return shapes
+
+
+def activation(name: str | None) -> Any:
+    """The function of that name; None for none.
+
+    Raises:
+        CoterieError: transformers knows no such function.
+    """
+    if name is None:
+        return None
+    from transformers.activations import ACT2FN
+
+    if name not in ACT2FN:
+        raise CoterieError(f"unknown activation {name!r}", "activation", nearest(name, list(ACT2FN)))
+    return ACT2FN[name]
 
 
 class Bank(nn.Module):
@@ -82,6 +110,8 @@ class Bank(nn.Module):
         dense: (n, d_out, d_in) instead of the two, for rank "dense".
         gate: (n * gate_rank, d_in), only where the score needs rows that `down` lacks.
         bias: (n, d_out), the experts' bias deltas, only where they have any.
+        down_bias: (R,), only where there is an activation.
+        norm_weight, norm_bias: (d_out,), only where a layer norm follows.
 
     Attributes:
         whole: whether its experts can only be merged, under one decision for the whole call.
@@ -93,6 +123,9 @@ class Bank(nn.Module):
     dense: nn.Parameter
     gate: nn.Parameter
     bias: nn.Parameter
+    down_bias: nn.Parameter
+    norm_weight: nn.Parameter
+    norm_bias: nn.Parameter
 
     def __init__(self, shape: BankShape, d_in: int, d_out: int, dtype: torch.dtype | None = None, device: Any = None):
         super().__init__()
@@ -100,7 +133,8 @@ class Bank(nn.Module):
         for name, size in shape.tensors(d_in, d_out).items():
             self.register_parameter(name, nn.Parameter(torch.empty(size, dtype=dtype, device=device)))
         self._score_rows = Derived()
-        self._widths = (d_in, d_out)
+        self._widths = (d_out if shape.after else d_in, d_out)
+        self._phi = activation(shape.activation)
 
     def forward(self, run: Callable[[], Any]) -> Any:
         """Run what reads the bank's parameters, between the hooks that it may have."""
@@ -112,6 +146,16 @@ class Bank(nn.Module):
         return len(self.shape.experts)
 
     @property
+    def width(self) -> int:
+        """The width of what the experts read."""
+        return self._widths[0]
+
+    @property
+    def linear(self) -> bool:
+        """Whether an expert is a delta of the layer's weight."""
+        return self._phi is None and not self.shape.after
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype of its parameters."""
         return (self.up if self.shape.ranks is not None else self.dense).dtype
@@ -121,6 +165,21 @@ class Bank(nn.Module):
         ranks = self.shape.ranks or ()
         start = sum(ranks[:expert])
         return slice(start, start + ranks[expert])
+
+    def project(self, x: torch.Tensor, expert: int | None = None) -> torch.Tensor:
+        """`scale * phi(x A^T + a)` of x (..., width): (..., R), or of one candidate (..., its rank)."""
+        rows = slice(None) if expert is None else self.rows(expert)
+        if self._phi is None:
+            z = F.linear(x, self.down[rows])
+        else:
+            z = self._phi(F.linear(x, self.down[rows], self.down_bias[rows]))
+        return z if self.shape.scale == 1 else z * self.shape.scale
+
+    def after_mixing(self, mixed: torch.Tensor) -> torch.Tensor:
+        """What the layer adds, out of what the experts give together (..., d_out)."""
+        if not self.shape.norm:
+            return mixed
+        return F.layer_norm(mixed, mixed.shape[-1:], self.norm_weight.to(mixed), self.norm_bias.to(mixed))
 
     def score_rows(self) -> torch.Tensor:
         """(n * gate_rank, d_in), what the router reads: each candidate's leading rows, contiguous."""
@@ -168,8 +227,7 @@ class Bank(nn.Module):
             part = part if bias is None else part + bias
             part = part if gates is None else part * gates
         else:
-            rows = self.rows(expert)
-            z, up = F.linear(x, self.down[rows]).to(y.dtype), self.up[rows].to(y.dtype)
+            z, up = self.project(x, expert).to(y.dtype), self.up[self.rows(expert)].to(y.dtype)
             z = z if gates is None else z * gates
             if bias is not None:  # one more rank: no pass over the outputs of its own
                 z = torch.cat([z, z.new_ones(len(z), 1) if gates is None else gates], dim=-1)
@@ -188,7 +246,8 @@ class Bank(nn.Module):
             and ranks[0] > 0
             and all(w * x.element_size() % 16 == 0 for w in (ranks[0], *self._widths))
         )
-        return GROUPED_MM is not None and suits and even and not torch.is_autocast_enabled("cpu")
+        plain = self._phi is None and self.shape.scale == 1
+        return GROUPED_MM is not None and plain and suits and even and not torch.is_autocast_enabled("cpu")
 
     def by_counts(self, x: torch.Tensor, gates: torch.Tensor | None, counts: torch.Tensor) -> torch.Tensor:
         """Weighted outputs (tokens, d_out), biases left out, of tokens that are sorted by candidate.
@@ -217,7 +276,7 @@ class Bank(nn.Module):
             total = self.up.new_zeros(self.up.shape[1], self.down.shape[1], dtype=dtype)
             for i in used:
                 up, down = self.up[self.rows(i)].to(dtype), self.down[self.rows(i)].to(dtype)
-                total = total.addmm(up.T, down, alpha=weights[i])
+                total = total.addmm(up.T, down, alpha=weights[i] * self.shape.scale)
         if not self.shape.bias:
             return total, None
         scale = torch.tensor(weights, dtype=dtype, device=self.bias.device)

@@ -73,7 +73,7 @@ class MaskedBank(Bank):
 
     def __init__(self, shape: MaskedShape, d_in: int, d_out: int, dtype: torch.dtype | None = None, device: Any = None):
         nn.Module.__init__(self)
-        self.shape = shape
+        self.shape, self._widths, self._phi = shape, (d_in, d_out), None
         for name, size in shape.tensors(d_in, d_out).items():
             if name.endswith("masks"):
                 self.register_buffer(name, torch.empty(size, dtype=torch.uint8, device=device))
@@ -105,10 +105,7 @@ class MaskedBank(Bank):
 
 def shape_from_dict(shape: dict[str, Any]) -> BankShape:
     """A bank's shape from plain data, of its own kind."""
-    plain = BankShape.from_dict(shape)
-    if "scales" not in shape:
-        return plain
-    return MaskedShape(plain.experts, None, 0, False, plain.bias, tuple(shape["scales"]))
+    return (MaskedShape if "scales" in shape else BankShape).from_dict(shape)
 
 
 @dataclass(frozen=True)
@@ -179,7 +176,7 @@ class Masked:
             overlap=None,
             parameters=sum(tensor.numel() for name, tensor in tensors.items() if not name.endswith("masks")),
         )
-        shape = MaskedShape(tuple(candidates), None, 0, False, changed, (1.0,) * len(candidates))
+        shape = MaskedShape(tuple(candidates), None, bias=changed, scales=(1.0,) * len(candidates))
         return FittedLayer(shape, tensors, report, sums.tolist())
 
     def finish(

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import CoterieError
 from ..experts.fit import TruncatedSVD
+from ..experts.fresh import Fresh
 from ..experts.masked import Masked
 from ..recipe import nearest
 from ..registration import Registered
@@ -19,12 +20,18 @@ class Mixture:
     """An assembly: where experts come from, and how a layer routes to them.
 
     Attributes:
-        experts: makes a layer's bank from the experts' deltas.
+        experts: makes a layer's bank from the experts' deltas; or what training starts from.
         routing: score and selection.
     """
 
-    experts: TruncatedSVD | Masked
+    experts: TruncatedSVD | Masked | Fresh
     routing: Routing
+
+    @property
+    def fitted(self) -> TruncatedSVD | Masked:
+        """The experts of a method that is built."""
+        assert not isinstance(self.experts, Fresh)
+        return self.experts
 
 
 class Method(Registered):
@@ -42,6 +49,11 @@ class Method(Registered):
                 f"top_k is {values['top_k']} and there are {experts} experts", f"method {self.name}", "lower top_k"
             )
         return values
+
+    @property
+    def trained(self) -> bool:
+        """Whether its experts come from training, and not from a build."""
+        return isinstance(self.assemble(**self.defaults).experts, Fresh)
 
     def assemble(self, **parameters: Any) -> Mixture:
         """The assembly for these parameters."""

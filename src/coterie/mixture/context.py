@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from ..errors import CoterieError
+from ..routing.call import Call
 from ..routing.decision import Decision
 
 
@@ -22,6 +25,8 @@ class Context:
         gates: decisions given from outside, (batch, tokens or 1, experts of the mixture), float32; else None.
         active: how many experts `gates` gives a token at most.
         recorders: called with (layer, gates (..., candidates)) for each layer of a call.
+        last_losses: what routers added to the last loss, by name.
+        compiled_call: the call that is being traced (threads do not exist there).
     """
 
     path: str = "auto"
@@ -29,6 +34,36 @@ class Context:
     gates: torch.Tensor | None = None
     active: int = 1
     recorders: list[Callable[[Any, torch.Tensor], None]] = field(default_factory=list)
+    compiled_call: Call | None = None
+    last_losses: dict[str, torch.Tensor] = field(default_factory=dict)
+    _calls: dict[int, Call] = field(default_factory=dict)
+
+    @property
+    def call(self) -> Call | None:
+        """The call of the whole model that this thread is in."""
+        return self.compiled_call if torch.compiler.is_compiling() else self._calls.get(threading.get_ident())
+
+    @contextmanager
+    def during(self, call: Call) -> Iterator[None]:
+        """Within the block, this thread's layers see this call."""
+        if torch.compiler.is_compiling():
+            self.compiled_call = call
+            yield
+            self.compiled_call = None
+            return
+        thread = threading.get_ident()
+        before = self._calls.get(thread)
+        self._calls[thread] = call
+        try:
+            yield
+        finally:
+            if before is None:
+                del self._calls[thread]
+            else:
+                self._calls[thread] = before
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "compiled_call": None, "_calls": {}}
 
     def given(self, leading: torch.Size, candidates: tuple[int, ...], device: torch.device) -> Decision:
         """The decision that was given from outside, for a layer's tokens.

@@ -13,6 +13,7 @@ from torch import nn
 from ..errors import CoterieError
 from . import native
 from .context import Context
+from .forward import Forward, decoder_path
 from .heads import PerExpert
 from .layer import is_mixture
 from .paths import PATHS, Path
@@ -62,8 +63,14 @@ class Handle:
             name: layer for name, layer in model.named_modules(remove_duplicate=False) if is_mixture(layer)
         }
         self._layers = list(layers.values())
-        for layer in self._layers:
+        decoder = decoder_path(model)
+        for name, layer in layers.items():
             layer.context = self._context
+            layer.decodes = decoder is not None and name.startswith(f"{decoder}.")
+        for index, layer in enumerate(dict.fromkeys(self._layers)):
+            layer.index = index
+        if not spec.routing.by_token or spec.routing.losses:
+            model.forward = Forward(model, self._context, spec.routing)
         for group in spec.siblings:
             members = [layers[path] for path in group if path in layers]
             if Siblings.fit(members):

@@ -18,6 +18,7 @@ from . import native
 from .context import Context
 from .cost import SHARED, cheapest
 from .paths import Path, grouped, stacked
+from .pooled import add_pooled
 
 if TYPE_CHECKING:
     from .siblings import Siblings
@@ -35,7 +36,10 @@ class _Mixture(nn.Module):
     base_weight: nn.Parameter
     context: Context
     siblings: Siblings | None
+    index: int
+    decodes: bool
     _merged: Derived
+    _plain: bool
 
     @property
     def weight(self) -> nn.Parameter:
@@ -44,6 +48,8 @@ class _Mixture(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if flows(self):
             self.drop()  # training follows, and fused optimisers leave no trace of their steps
+        if not (self._plain or self._known()):
+            return self._forward_trained(x)
         constant = self._constant()
         path = self._path(x, constant)
         if constant is not None and not any(constant):
@@ -58,6 +64,53 @@ class _Mixture(nn.Module):
         y = self.bank(lambda: self._add_experts(path, constant, x, flat.to(self.bank.dtype), y))
         return y.view(*x.shape[:-1], y.shape[-1])
 
+    def _known(self) -> bool:
+        """Whether the call names experts that are deltas of the weight, so that the layer is one dense layer."""
+        weights, bank = self.context.weights, self.bank
+        if weights is None or not bank.linear or bank.shape.norm or (self.training and bank.shape.dropout):
+            return False
+        return self.router.routing.combine == "outputs" or [w for w in weights if w] == [1.0]
+
+    def _forward_trained(self, x: torch.Tensor) -> torch.Tensor:
+        """Of routers that know the call, and of experts that are no deltas of the weight."""
+        y = super().forward(x)
+        if self.context.weights is not None and not any(self.context.weights):
+            return cast(torch.Tensor, y)
+        bank, context = self.bank, self.context
+        read = y if bank.shape.after else x
+        read = F.dropout(read, bank.shape.dropout, self.training) if bank.shape.dropout else read
+        read = read.to(bank.dtype)
+        if not self.router.routing.by_token:
+            return cast(torch.Tensor, bank(lambda: add_pooled(self, read, y)))
+        flat = read.reshape(-1, read.shape[-1])
+
+        def run() -> torch.Tensor:
+            constant = self._constant()
+            if constant is not None:
+                decision = Decision.constant(constant, len(flat), flat.device)
+            elif context.gates is not None:
+                decision = context.given(read.shape[:-1], bank.shape.experts, flat.device)
+            elif self.router.score.reads == "input":
+                decision = self.router.decide(flat, self._valid(read), context.call, self.index)
+            else:
+                decision = self.router(F.linear(flat, bank.score_rows()).unflatten(-1, (bank.experts, -1)))
+            if context.recorders:
+                self._record(decision.gates(), read.shape[:-1])
+            zero = torch.zeros(len(flat), y.shape[-1], dtype=y.dtype, device=y.device)
+            if decision.index is None or torch.compiler.is_compiling() or x.device.type != "cpu":
+                part = stacked(bank, flat, bank.project(flat), decision, zero)
+            else:
+                part = grouped(bank, flat, decision, zero)
+            return bank.after_mixing(part)
+
+        return cast(torch.Tensor, y + bank(run).view(y.shape))
+
+    def _valid(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Which of the layer's tokens count, flat; None for all."""
+        call = self.context.call
+        valid = None if call is None else call.decoder_valid if self.decodes else call.valid
+        return valid.flatten() if valid is not None and valid.numel() == x.shape[:-1].numel() else None
+
     def _add_experts(
         self, path: Path, constant: tuple[float, ...] | None, x: torch.Tensor, flat: torch.Tensor, y: torch.Tensor
     ) -> torch.Tensor:
@@ -68,7 +121,7 @@ class _Mixture(nn.Module):
             if self.context.recorders:
                 self._record(decision.gates(), x.shape[:-1])
             return native.add_experts(bank, flat, leading, decision, y)
-        z = F.linear(flat, bank.down) if path == "stacked" and bank.shape.ranks is not None else None
+        z = bank.project(flat) if path == "stacked" and bank.shape.ranks is not None else None
         decision = self._decide(path, x, flat, z, constant)
         if self.context.recorders:
             self._record(decision.gates(), x.shape[:-1])
@@ -123,7 +176,7 @@ class _Mixture(nn.Module):
                 self.router.score(None)
             return "merged"
         forced = self.context.path
-        if forced == "merged" and constant is None:
+        if forced == "merged" and (constant is None or not self._plain):
             raise CoterieError(
                 "the merged path needs one decision for the whole call, and here tokens or rows have their own",
                 "model.coterie.use_path",
@@ -190,7 +243,13 @@ def widths(layer: Any) -> tuple[int, int]:
     return int(d_in), int(d_out)
 
 
-def add_experts(layer: Any, shape: BankShape, routing: Routing, tensors: dict[str, torch.Tensor] | None = None) -> Any:
+def add_experts(
+    layer: Any,
+    shape: BankShape,
+    routing: Routing,
+    tensors: dict[str, torch.Tensor] | None = None,
+    read: int | None = None,
+) -> Any:
     """A mixture layer that shares the parameters of `layer`, which itself stays as it is.
 
     Args:
@@ -198,6 +257,7 @@ def add_experts(layer: Any, shape: BankShape, routing: Routing, tensors: dict[st
         shape: what the bank holds.
         routing: how the layer routes.
         tensors: the bank's parameters by name; left empty (for the loader to fill) where None.
+        read: width of what a router reads that decides by example; None for the experts' own input.
     """
     mixture = MIXTURE_OF[type(layer)].__new__(MIXTURE_OF[type(layer)])
     mixture.__dict__.update(layer.__dict__)
@@ -209,8 +269,13 @@ def add_experts(layer: Any, shape: BankShape, routing: Routing, tensors: dict[st
         own = getattr(bank, name)
         own.data = tensor.to(own)
     mixture.bank = bank
-    mixture.router = routing.router()
+    width = bank.width if read is None or routing.by_token or routing.combine == "slots" else read
+    mixture.router = routing.router(width, bank.experts, layer.weight.device, layer.weight.dtype)
+    mixture.router.train(layer.training)
     mixture.context, mixture.siblings, mixture._merged = Context(), None, Derived()
+    mixture.index, mixture.decodes = 0, False
+    simple = bank.linear and not shape.norm and not shape.dropout
+    mixture._plain = simple and routing.by_token and mixture.router.score.reads == "rows"
     return mixture
 
 

@@ -42,6 +42,7 @@ def choose_sites(
     called: set[str] | None,
     tied: Mapping[str, str],
     notes: list[str],
+    needed: bool = True,
 ) -> Sites:
     """Sort a model's tensors.
 
@@ -53,6 +54,7 @@ def choose_sites(
         called: linear layers that a probe forward called; None where there was no probe.
         tied: name of a tied tensor -> name of the tensor that it shares.
         notes: gets a sentence for every glob that matches nothing.
+        needed: whether it takes a layer at least.
 
     Raises:
         CoterieError: the base lacks a tensor that belongs to no module, or no layer is left.
@@ -106,7 +108,7 @@ def choose_sites(
             continue
         sites.others[name] = policy_of(name, others)
         sites.why_dense.setdefault(name, _kind(model, name))
-    if not sites.layers:
+    if needed and not sites.layers:
         raise CoterieError(
             "no layer would become a mixture layer", "modules", "check the include and exclude globs of the recipe"
         )

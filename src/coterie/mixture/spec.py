@@ -11,6 +11,7 @@ from ..errors import CoterieError
 from ..experts.bank import BankShape
 from ..experts.masked import shape_from_dict
 from ..routing.router import Routing
+from .forward import decoder_path
 from .heads import per_expert
 from .layer import add_experts, replace
 
@@ -92,8 +93,12 @@ def insert(model: nn.Module, spec: MixtureSpec, tensors: dict[str, dict[str, Any
         spec: the mixture's structure.
         tensors: module path -> the bank's parameters; None leaves them to the loader.
     """
+    decoder = decoder_path(model)
+    encoded = None if decoder is None else model.get_encoder().config.hidden_size  # type: ignore[operator]
     for path, shape in spec.layers.items():
         given = tensors[path] if tensors is not None else None
-        replace(model, path, add_experts(model.get_submodule(path), shape, spec.routing, given))
+        # a decoder's routers read the encoder's states, where they decide by example
+        read = encoded if decoder is not None and path.startswith(f"{decoder}.") else None
+        replace(model, path, add_experts(model.get_submodule(path), shape, spec.routing, given, read))
     for path, head in spec.heads.items():
         replace(model, path, per_expert(model.get_submodule(path), head.owners, head.shapes))

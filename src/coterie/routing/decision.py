@@ -15,12 +15,15 @@ class Decision:
     Attributes:
         experts: E.
         index: (n, k) int64, the experts that answer each token; None where `weight` is dense.
-        weight: (n, k) gates of those, float32, or None where k = 1 and every gate is 1; (n, E) where `index` is None.
+        weight: (n, k) gates of those, float32, or None where k = 1 and every gate is 1; (n, E) where `index` is None;
+            (n, E, splits) where blocks of the dimensions have gates of their own.
+        up: gates of the up-projections where they differ from `weight`, which then is of the down-projections.
     """
 
     experts: int
     index: torch.Tensor | None
     weight: torch.Tensor | None
+    up: torch.Tensor | None = None
 
     @classmethod
     def constant(cls, weights: Sequence[float], n: int, device: torch.device) -> Decision:
@@ -29,6 +32,11 @@ class Decision:
         index = torch.tensor(used, dtype=torch.long, device=device).expand(n, -1)
         weight = torch.tensor([weights[i] for i in used], dtype=torch.float32, device=device)
         return cls(len(weights), index, weight.expand(n, -1))
+
+    def spread(self, tokens: int) -> Decision:
+        """The same for each of so many tokens a row: of (n tokens) rows."""
+        index = None if self.index is None else self.index.repeat_interleave(tokens, 0)
+        return Decision(self.experts, index, None if self.weight is None else self.weight.repeat_interleave(tokens, 0))
 
     def gates(self) -> torch.Tensor:
         """(n, E) gates, float32, zero for the experts that do not answer. No data-dependent control flow."""

@@ -1,20 +1,52 @@
-"""The router of a layer: a score and a selection, each chosen by name."""
+"""The router of a layer: pooling, a score and a selection, each chosen by name."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ..errors import CoterieError
+from .balance import LOSSES
+from .call import Call
 from .decision import Decision
+from .dselect import DSelect
 from .energy import SubspaceEnergy
-from .select import TopK
+from .gumbel import Gumbel
+from .known import Hash, Level, Skills, Task
+from .linear import Linear, Soft
+from .pooling import Pool
+from .reinforce import Reinforce
+from .select import First, Given, Softmax, TopK
 from .tag import Tag
+from .uniform import Uniform
 
-SCORES = {"subspace_energy": SubspaceEnergy, "tag": Tag}
-SELECTIONS = {"top_k": TopK}
+# outputs: of the experts. factors: their parameters, before they are applied (a different function, also without a
+# non-linearity). slots: mixtures of tokens go to the experts (Soft MoE).
+Combine = Literal["outputs", "factors", "slots"]
+
+SCORES: dict[str, Any] = {
+    "subspace_energy": SubspaceEnergy,
+    "tag": Tag,
+    "linear": Linear,
+    "soft": Soft,
+    "dselect": DSelect,
+    "task": Task,
+    "skills": Skills,
+    "hash": Hash,
+    "level": Level,
+}
+SELECTIONS: dict[str, Any] = {
+    "top_k": TopK,
+    "softmax": Softmax,
+    "given": Given,
+    "first": First,
+    "gumbel": Gumbel,
+    "reinforce": Reinforce,
+    "uniform": Uniform,
+}
 
 
 @dataclass(frozen=True)
@@ -24,34 +56,111 @@ class Routing:
     Attributes:
         score: how well an expert suits an input (a name in `SCORES`).
         select: which experts answer, how strongly (a name in `SELECTIONS`).
-        k: how many experts answer.
+        k: how many experts answer, where the selection has a number.
+        pool: over what a router decides.
+        combine: what is mixed.
+        segment: tokens of a segment, where that is what a router decides over.
+        score_options, select_options: keywords of the score and the selection.
+        losses: name (in `LOSSES`, or of the score's or selection's own) -> its weight in the model's loss, where it is
+            averaged over the layers.
+
+    Raises:
+        CoterieError: a name is unknown.
     """
 
     score: str
     select: str
-    k: int
+    k: int = 1
+    pool: Pool = "token"
+    combine: Combine = "outputs"
+    segment: int = 0
+    score_options: dict[str, Any] = field(default_factory=dict)
+    select_options: dict[str, Any] = field(default_factory=dict)
+    losses: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for what, name, known in (
+            ("score", self.score, SCORES),
+            ("select", self.select, SELECTIONS),
+            ("pool", self.pool, get_args(Pool)),
+            ("combine", self.combine, get_args(Combine)),
+        ):
+            if name not in known:
+                raise CoterieError(f"unknown {what} {name!r}", "routing", f"known: {', '.join(known)}")
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        usual = {f.name: f.default_factory() if callable(f.default_factory) else f.default for f in fields(self)}
+        return {k: v for k, v in asdict(self).items() if k in ("score", "select", "k") or v != usual[k]}
 
-    def router(self) -> Router:
-        """A layer's router."""
-        return Router(SCORES[self.score](), SELECTIONS[self.select](self.k))
+    @property
+    def by_token(self) -> bool:
+        """Whether a token is routed by itself alone, so that nothing of the call need be known."""
+        return self.pool == "token" and SCORES[self.score].reads != "call" and self.combine == "outputs"
+
+    @property
+    def couples(self) -> bool:
+        """Whether tokens of one example reach each other by the very definition, in both directions."""
+        return self.pool == "sequence" or self.combine == "slots"
+
+    def router(self, width: int, experts: int, device: Any = None, dtype: torch.dtype | None = None) -> Router:
+        """A layer's router.
+
+        Args:
+            width: of what the layer's router reads.
+            experts: the layer's candidates.
+            device, dtype: of its parameters.
+        """
+        with torch.device(device or "cpu"):
+            options = dict(self.select_options) | ({"width": width} if self.select == "reinforce" else {})
+            slots = experts * self.k if self.combine == "slots" else experts
+            score = SCORES[self.score](width, slots, **self.score_options)
+            router = Router(self, score, SELECTIONS[self.select](self.k, **options))
+        return router if dtype is None else router.to(dtype)
 
 
 class Router(nn.Module):
-    """A decision from what the bank projects: scored, then selected, in float32.
+    """A decision from what the router reads: scored, then selected, in float32.
 
     Args:
-        score: projections -> scores (n, E).
+        routing: what it was made of.
+        score: what is read -> scores (n, E).
         select: scores -> decision.
     """
 
-    def __init__(self, score: Any, select: TopK):
+    def __init__(self, routing: Routing, score: Any, select: Any):
         super().__init__()
-        self.score, self.select = score, select
+        self.routing, self.score, self.select = routing, score, select
 
-    def forward(self, z: torch.Tensor) -> Decision:
+    def forward(self, z: Tensor) -> Decision:
         """The decision for n tokens from the bank's leading projections, (n, E, g)."""
         decision: Decision = self.select(self.score(z))
         return decision
+
+    def decide(self, read: Tensor | None, valid: Tensor | None, call: Call | None, layer: int) -> Decision:
+        """The decision for n rows, and what it adds to the loss.
+
+        Args:
+            read: (n, width), or None for scores that read the call.
+            valid: (n,) bool, the rows that count in losses; None for all.
+            call: of the whole model.
+            layer: the layer's number.
+        """
+        scores = self.score(read) if self.score.reads == "input" else self.score(call, layer)
+        decision: Decision = self.select(scores)
+        if call is not None and call.learns:
+            own: dict[str, Tensor] = {}
+            for part in (self.score, self.select):
+                if hasattr(part, "loss"):
+                    own |= part.loss(read, scores, decision, valid, call)
+            for name, weight in self.routing.losses.items():
+                if name in own:
+                    call.add(name, weight * own[name])
+                elif name in LOSSES:
+                    call.add(name, weight * LOSSES[name](scores, decision, valid))
+        return decision
+
+    def reset(self, generator: torch.Generator) -> None:
+        """Fresh parameters."""
+        for part in (self.score, self.select):
+            if hasattr(part, "reset"):
+                part.reset(generator)

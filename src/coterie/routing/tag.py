@@ -11,6 +11,11 @@ from ..errors import CoterieError
 class Tag(nn.Module):
     """The expert is named from outside, for every token of a call (`model.coterie.route`)."""
 
+    reads = "rows"
+
+    def __init__(self, width: int = 0, experts: int = 0):
+        super().__init__()
+
     def forward(self, z: torch.Tensor | None = None) -> torch.Tensor:
         """Refuses: nothing in an input tells its task."""
         raise CoterieError(

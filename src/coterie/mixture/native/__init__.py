@@ -74,6 +74,7 @@ def serves(bank: Bank, score: torch.nn.Module, x: torch.Tensor) -> bool:
         and x.dtype in (torch.float32, torch.bfloat16)
         and len(set(ranks)) == 1
         and ranks[0] > 0
+        and bank.shape.scale == 1
         and type(score) is SubspaceEnergy
     )
 

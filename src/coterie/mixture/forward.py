@@ -1,0 +1,297 @@
+"""The forward of a mixture whose routers must know the whole call: it sets the call up, and adds their losses."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import CoterieError
+from ..routing.call import Call, repeated
+from ..routing.pooling import masked_mean
+from .context import Context
+
+INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values")
+# Declared beside the model's own arguments, so that `generate` and the Trainer let them through.
+ARGUMENTS = {
+    "task_ids": "(batch,) int64, each example's task",
+    "prompt_lengths": "(batch,) int64, tokens of each example's prompt, padding not counted",
+}
+
+
+class Forward:
+    """Stands in place of the model's `forward`.
+
+    Args:
+        model: the mixture.
+        context: its layers'.
+        routing: its layers'.
+    """
+
+    def __init__(self, model: Any, context: Context, routing: Any):
+        self.model, self.context, self.routing = model, context, routing
+        self.causal = is_causal(model)
+        if routing.couples and (self.causal or (routing.combine == "slots" and _is_seq2seq(model))):
+            raise CoterieError(
+                f"its routers would look ahead in a {type(model).__name__}, which writes token after token",
+                "pool" if routing.combine != "slots" else "method",
+                'use pool "prompt" or "segment"' if routing.combine != "slots" else "use it in encoders alone",
+            )
+        self._encoder = model.get_encoder() if _is_seq2seq(model) else None
+        if self._encoder is not None:
+            self._encoder.register_forward_pre_hook(self._before_encoder, with_kwargs=True)
+            self._encoder.register_forward_hook(self._after_encoder)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        own = inspect.signature(type(self.model).forward.__get__(self.model))
+        before = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        rest = [p for p in own.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
+        named = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in ARGUMENTS]
+        return own.replace(parameters=[*before, *named, *rest])
+
+    def __call__(
+        self, *args: Any, task_ids: Tensor | None = None, prompt_lengths: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        names = list(inspect.signature(type(self.model).forward).parameters)[1:] if args else []
+        inputs = {**dict(zip(names, args, strict=False)), **kwargs}
+        call = self._begin(inputs, task_ids, prompt_lengths)
+        if call.training and not torch.compiler.is_compiling():
+            _carry(self.model, self.context)
+        with self.context.during(call):
+            output = type(self.model).forward(self.model, *args, **kwargs)
+        call.open = False
+        if call.training and "consistency" in self.routing.losses and isinstance(inputs.get("labels"), Tensor):
+            again = self._begin(inputs, task_ids, prompt_lengths)
+            apart = self._disagreement(output, again, inputs["labels"], args, kwargs)
+            call.add("consistency", self.routing.losses["consistency"] * apart)
+        cache = getattr(output, "past_key_values", None)
+        if call.kept is not None and cache is not None:
+            cache.coterie = call.kept
+        return self._with_losses(output, call, inputs) if call.losses or call.policies else output
+
+    def _disagreement(self, output: Any, call: Call, labels: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor:
+        """Half the symmetric KL divergence from a second pass, with other choices (arXiv:2205.12410, equation 5)."""
+        with self.context.during(call):
+            other = type(self.model).forward(self.model, *args, **kwargs)
+        call.open = False
+        a, b = ((o["logits"] if isinstance(o, dict) else o[1]).float().log_softmax(-1) for o in (output, other))
+        each = ((a.exp() - b.exp()) * (a - b)).sum(-1) / 2
+        counted = labels != -100
+        return each[counted].mean() if counted.shape == each.shape else each.mean()
+
+    def _begin(self, inputs: dict[str, Any], task_ids: Tensor | None, prompt_lengths: Tensor | None) -> Call:
+        main = next((inputs[n] for n in INPUTS if isinstance(inputs.get(n), Tensor)), None)
+        decoded = next((inputs[n] for n in ("decoder_input_ids", "labels") if isinstance(inputs.get(n), Tensor)), None)
+        encoded = inputs.get("encoder_outputs")
+        if main is None:
+            main = encoded[0] if encoded is not None else decoded
+        if main is None:
+            raise CoterieError("the call has no input", "forward", f"give one of {', '.join(INPUTS)}")
+        training = self.model.training and torch.is_grad_enabled()
+        call = Call(len(main), main.device, training, tasks=self._tasks(task_ids, len(main)))
+        mask = inputs.get("attention_mask")
+        mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        tokens = main.shape[1] if main.ndim > 1 else 1
+        if self._encoder is not None:
+            call.valid = None if mask is None else mask.bool()
+            own = inputs.get("decoder_attention_mask")
+            if isinstance(own, Tensor) and decoded is not None:
+                call.decoder_valid = own[:, -decoded.shape[1] :].bool()
+            if encoded is not None:
+                call.encoder = masked_mean(encoded[0], call.valid)
+        elif mask is not None:
+            call.valid = mask[:, -tokens:].bool()
+        if self.causal and self.routing.pool in ("prompt", "segment"):
+            self._prompt(call, inputs, main, prompt_lengths)
+        if self.routing.score == "hash" and encoded is not None:
+            call.key = repeated(encoded.coterie, len(main))  # of what the encoder read
+        elif self.routing.score == "hash" and call.key is None:
+            call.key = content_hash(main, call.prompt if self.causal else call.valid)
+            if call.kept is not None:
+                call.kept[-1] = call.key
+        return call
+
+    def _tasks(self, task_ids: Tensor | None, batch: int) -> Tensor | None:
+        if task_ids is None:
+            return None
+        task_ids = torch.as_tensor(task_ids)
+        if task_ids.shape != (batch,) or task_ids.is_floating_point():
+            raise CoterieError(
+                f"task_ids has shape {tuple(task_ids.shape)} and dtype {task_ids.dtype}",
+                "forward",
+                f"give ({batch},) int64",
+            )
+        return task_ids.long()
+
+    def _prompt(self, call: Call, inputs: dict[str, Any], main: Tensor, lengths: Tensor | None) -> None:
+        """Which tokens the decision may read; or that the call goes on from one that was made."""
+        cache, labels = inputs.get("past_key_values"), inputs.get("labels")
+        past = 0 if cache is None else int(cache.get_seq_length())
+        if past:
+            call.kept = getattr(cache, "coterie", None)
+            if call.kept is None:
+                raise CoterieError(
+                    "the cache was not filled by this mixture, and holds no decision for its prompt",
+                    "past_key_values",
+                    "start from the prompt",
+                )
+            call.continues = True
+            call.key = repeated(call.kept[-1], len(main)) if -1 in call.kept else None
+            return
+        valid = (
+            call.valid if call.valid is not None else torch.ones(main.shape[:2], dtype=torch.bool, device=main.device)
+        )
+        if lengths is not None:
+            call.prompt = valid & (valid.cumsum(1) <= torch.as_tensor(lengths, device=main.device)[:, None])
+        elif isinstance(labels, Tensor):
+            call.prompt = valid & ((labels != -100).cumsum(1) == 0)
+            if self.routing.pool == "segment" and not bool(call.prompt.any()):
+                call.prompt = None
+        elif cache is not None:
+            call.prompt = valid  # the first step of `generate`
+        if call.prompt is None and self.routing.pool == "segment":
+            return
+        if call.prompt is None or not bool(call.prompt.any(1).all()):
+            raise CoterieError(
+                "the routers decide by the prompt, and the call does not say where it ends",
+                "prompt_lengths",
+                "pass prompt_lengths=(batch,), each at least 1, or labels that are -100 on the prompt; "
+                "`generate` needs neither",
+            )
+        if not self.model.training:
+            call.kept = {}
+
+    def _before_encoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """`generate` calls the encoder by itself: that is a call of its own."""
+        own = {name: kwargs.pop(name) for name in ARGUMENTS if name in kwargs}
+        if self.context.call is None:
+            call = self._begin({**kwargs, **({INPUTS[0]: args[0]} if args else {})}, own.get("task_ids"), None)
+            module.__dict__["_coterie_call"] = self.context.during(call)
+            module.__dict__["_coterie_call"].__enter__()
+        return args, kwargs
+
+    def _after_encoder(self, module: nn.Module, args: Any, output: Any) -> None:
+        block, call = module.__dict__.pop("_coterie_call", None), self.context.call
+        if call is not None and call.key is not None:
+            output.coterie = call.key
+        if block is not None:
+            block.__exit__(None, None, None)
+        elif call is not None:
+            call.encoder = masked_mean(output[0], call.valid)
+
+    def _with_losses(self, output: Any, call: Call, inputs: dict[str, Any]) -> Any:
+        named = isinstance(output, dict)
+        if inputs.get("labels") is None or (named and output.get("loss") is None):
+            return output
+        loss = output["loss"] if named else output[0]
+        terms = {name: torch.stack([t.to(loss) for t in each]).mean() for name, each in call.losses.items()}
+        if call.policies:
+            terms |= reward(
+                call,
+                example_losses(output["logits"] if named else output[1], inputs["labels"], self.causal),
+                self.routing.losses,
+            )
+        self.context.last_losses = {name: term.detach() for name, term in terms.items()}
+        total = loss + self._share(inputs) * torch.stack(list(terms.values())).sum().to(loss)
+        if named:
+            output["loss"] = total
+            return output
+        return (total, *output[1:])
+
+    @staticmethod
+    def _share(inputs: dict[str, Any]) -> Any:
+        """The part of an optimiser's step that this call is, where the model's loss is a sum over a step's tokens."""
+        items = inputs.get("num_items_in_batch")
+        return 1.0 if items is None else (inputs["labels"] != -100).sum() / items
+
+
+class _Carried:
+    """A checkpointing function whose recomputation sees the call that it belongs to."""
+
+    def __init__(self, context: Context, run: Callable[..., Any]):
+        self.context, self.run = context, run
+
+    def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
+        call = self.context.call
+        if call is None:
+            return self.run(function, *args)
+
+        def again(*inputs: Any) -> Any:
+            with self.context.during(call):
+                return function(*inputs)
+
+        return self.run(again, *args)
+
+
+def _carry(model: nn.Module, context: Context) -> None:
+    """Let every checkpointed block take its call along."""
+    for module in model.modules():
+        run = module.__dict__.get("_gradient_checkpointing_func")
+        if run is not None and not isinstance(run, _Carried):
+            module._gradient_checkpointing_func = _Carried(context, run)  # type: ignore[assignment]
+
+
+def _is_seq2seq(model: Any) -> bool:
+    config = getattr(model, "config", None)
+    return bool(getattr(config, "is_encoder_decoder", False)) and hasattr(model, "get_encoder")
+
+
+def decoder_path(model: Any) -> str | None:
+    """The path of an encoder-decoder's decoder; None for other models."""
+    if not _is_seq2seq(model) or not hasattr(model, "get_decoder"):
+        return None
+    decoder = model.get_decoder()
+    return next((name for name, module in model.named_modules() if module is decoder), None)
+
+
+def is_causal(model: Any) -> bool:
+    """Whether a model writes token after token, so that its routers may not look ahead."""
+    able = getattr(model, "can_generate", None)
+    return bool(able and able()) and not _is_seq2seq(model)
+
+
+def content_hash(values: Tensor, valid: Tensor | None) -> Tensor:
+    """(batch,) int64 hash of each example's content; padding does not enter.
+
+    Args:
+        values: (batch, tokens) ids, or (batch, ...) numbers.
+        valid: (batch, tokens) bool, which tokens count; None for all.
+    """
+    flat = values.flatten(1)
+    flat = flat.float().contiguous().view(torch.int32).long() if flat.is_floating_point() else flat.long()
+    if valid is None or valid.shape != flat.shape:
+        valid = torch.ones_like(flat, dtype=torch.bool)
+    place = valid.long().cumsum(1)
+    mixed = (flat + 0x51ED27) * (place * 2 + 1) * 0x9E3779B1
+    mixed = (mixed ^ (mixed >> 31)) * 0x2545F4914F6CDD1D
+    return (mixed * valid).sum(1)
+
+
+def example_losses(logits: Tensor, labels: Tensor, causal: bool) -> Tensor:
+    """(batch,) float32, each example's own loss, from the logits and labels of the usual heads."""
+    if causal:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    logits = logits.float()
+    if labels.is_floating_point():
+        return F.mse_loss(logits.view_as(labels), labels, reduction="none").flatten(1).mean(1)
+    if logits.ndim == 2:
+        return F.cross_entropy(logits, labels, reduction="none")
+    each = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=-100)
+    return each.sum(1) / (labels != -100).sum(1).clamp(min=1)
+
+
+def reward(call: Call, losses: Tensor, weights: dict[str, float]) -> dict[str, Tensor]:
+    """REINFORCE with a learned baseline; every layer's choices share the call's reward (minus the example's loss)."""
+    gain = -losses.detach()
+    policy, entropy, value = [], [], []
+    for each in call.policies:
+        policy.append(-(each.log_probability * (gain - each.value.detach())).mean())
+        entropy.append(-each.entropy.mean())
+        value.append(F.huber_loss(each.value, gain))
+    means = {"policy": policy, "policy_entropy": entropy, "value": value}
+    return {name: weights[name] * torch.stack(each).mean() for name, each in means.items() if name in weights}

@@ -1,0 +1,215 @@
+"""Layers whose router decides once for many tokens, or that merge or mix before they apply their experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CoterieError
+from ..experts.bank import Bank
+from ..routing.call import Call, repeated
+from ..routing.decision import Decision
+from ..routing.pooling import masked_mean, segment_means, segments_of
+from .paths import grouped, stacked
+
+
+def add_pooled(layer: Any, x: Tensor, y: Tensor) -> Tensor:
+    """What the experts add to y (..., d_out), the base layer's output, where routers decide per example.
+
+    Args:
+        layer: a mixture layer.
+        x: what its experts read, (batch, ..., width) or (batch * tokens, width).
+    """
+    call = layer.context.call
+    if call is None:
+        raise CoterieError(
+            "a part of a mixture was called, and its routers must know the whole call (its attention mask, its prompt)",
+            "forward",
+            "call the whole model; a mixture of this part alone is built or wrapped as such",
+        )
+    rows = _rows(x, call)
+    routing = layer.router.routing
+    if routing.combine == "slots":
+        part, gates = _slots(layer, rows, call)
+    elif routing.pool == "segment" and not layer.decodes and layer.context.weights is None:
+        part, gates = _segments(layer, rows, call)
+    else:
+        decision = _decision(layer, rows, call)
+        gates = _gates(decision)[:, None]
+        part = apply(layer.bank, rows, decision, routing.combine)
+    if layer.context.recorders:
+        layer._record(gates.flatten(0, -2), gates.shape[:-1])
+    return y + layer.bank.after_mixing(part.to(y.dtype)).reshape(y.shape)
+
+
+def apply(bank: Bank, x: Tensor, decision: Decision, combine: str) -> Tensor:
+    """The experts' mixed output, (batch, tokens, d_out), of x (batch, tokens, width) under a decision per row."""
+    if combine == "factors":
+        return factors(bank, x, decision)
+    flat = x.reshape(-1, x.shape[-1])
+    zero = flat.new_zeros(len(flat), bank.up.shape[-1])
+    spread = decision.spread(x.shape[1])
+    if spread.index is None:
+        z = bank.project(flat)
+        return stacked(bank, flat, z, spread, zero).view(*x.shape[:-1], -1)
+    return grouped(bank, flat, spread, zero).view(*x.shape[:-1], -1)
+
+
+def factors(bank: Bank, x: Tensor, decision: Decision) -> Tensor:
+    """One expert for each row, its parameters the gates' mean of all experts' (arXiv:2306.03745, section 3.1).
+
+    Args:
+        bank: experts of equal ranks.
+        x: (batch, tokens, width).
+        decision: gates (batch, E), or (batch, E, splits), of blocks of the dimensions.
+    """
+    gates = (decision.gates() if decision.index is not None else decision.weight).to(x.dtype)  # type: ignore[union-attr]
+    ups = gates if decision.up is None else decision.up.to(x.dtype)
+    down = _merged(bank.down, gates, bank.experts)
+    z = torch.bmm(x, down.transpose(1, 2))
+    if bank.shape.activation is not None:
+        first = gates if gates.ndim == 2 else gates.mean(-1)
+        z = bank._phi(z + (first @ bank.down_bias.view(bank.experts, -1).to(x.dtype))[:, None])
+    if bank.shape.scale != 1:
+        z = z * bank.shape.scale
+    out = torch.bmm(z, _merged(bank.up, ups, bank.experts))
+    if bank.shape.bias:
+        out = out + ((ups if ups.ndim == 2 else ups.mean(-1)) @ bank.bias.to(x.dtype))[:, None]
+    return out
+
+
+def _merged(stack: Tensor, gates: Tensor, experts: int) -> Tensor:
+    """(batch, rank, d): `sum_i g_i` of the experts' blocks of a stack (R, d)."""
+    rank, width = len(stack) // experts, stack.shape[-1]
+    if gates.ndim == 2:
+        return (gates @ stack.view(experts, -1).to(gates.dtype)).view(-1, rank, width)
+    splits = gates.shape[-1]
+    blocks = stack.view(experts, rank, splits, width // splits).to(gates.dtype)
+    return torch.einsum("bes,ersw->brsw", gates, blocks).reshape(-1, rank, width)
+
+
+def _rows(x: Tensor, call: Call) -> Tensor:
+    """x as (batch, tokens, width): layers may see tokens flat, on a grid, or one vector an example."""
+    if x.shape[0] == call.batch:
+        return x.reshape(call.batch, -1, x.shape[-1])
+    if x.ndim == 2 and len(x) % call.batch == 0:
+        return x.view(call.batch, -1, x.shape[-1])
+    raise CoterieError(
+        f"a layer's input has {x.shape[0]} rows, and the call has {call.batch} examples",
+        "forward",
+        "leave layers out that do not see whole examples (windows, packed sequences), by an exclude glob",
+    )
+
+
+def _valid(layer: Any, rows: Tensor, call: Call) -> Tensor | None:
+    """(batch, tokens) bool, the tokens of these rows that count."""
+    valid = call.decoder_valid if layer.decodes else call.valid
+    return valid if valid is not None and valid.shape == rows.shape[:2] else None
+
+
+def _decision(layer: Any, rows: Tensor, call: Call) -> Decision:
+    """One decision for each example."""
+    context, candidates, router = layer.context, layer.bank.shape.experts, layer.router
+    if context.weights is not None:
+        weights = torch.tensor([[context.weights[i] for i in candidates]], device=rows.device)
+        return Decision(len(candidates), None, weights.expand(call.batch, -1))
+    if context.gates is not None:
+        if context.gates.shape[:2] != (call.batch, 1):
+            raise CoterieError(
+                "gates were given per token, or for another batch, and these layers take one decision an example",
+                "model.coterie.route",
+                f"give gates of shape ({call.batch}, 1, experts)",
+            )
+        return Decision(len(candidates), None, context.gates[:, 0, list(candidates)].to(rows.device))
+    if router.score.reads == "call":
+        return router.decide(None, None, call, layer.index)
+    if layer.decodes:
+        return router.decide(call.encoder, None, call, layer.index)
+    if call.continues:
+        assert call.kept is not None
+        return Decision(len(candidates), None, repeated(call.kept[layer.index], call.batch))
+    prompt = _prompt(rows, call)
+    pooled = masked_mean(rows, _valid(layer, rows, call) if prompt is None else prompt)
+    decision: Decision = router.decide(pooled, None, call, layer.index)
+    if call.kept is not None:
+        call.kept[layer.index] = _gates(decision).detach()
+    return decision
+
+
+def _prompt(rows: Tensor, call: Call) -> Tensor | None:
+    return call.prompt if call.prompt is not None and call.prompt.shape == rows.shape[:2] else None
+
+
+def _gates(decision: Decision) -> Tensor:
+    """(n, E), also where blocks have gates of their own: their mean."""
+    if decision.index is None and decision.weight is not None and decision.weight.ndim == 3:
+        return decision.weight.mean(-1)
+    return decision.gates()
+
+
+def _segments(layer: Any, rows: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    """Each segment under the decision that the one before it makes; the first is level, what follows the prompt its.
+
+    Level, since a decision that reads its own segment, as Lory's first does, looks ahead (arXiv:2405.03133, section 3).
+    """
+    bank, router, length = layer.bank, layer.router, layer.router.routing.segment
+    batch, tokens, width = rows.shape
+    if call.continues:
+        decision = _decision(layer, rows, call)
+        gates = _gates(decision)[:, None]
+        return apply(bank, rows, decision, router.routing.combine), gates.expand(-1, tokens, -1)
+    valid = _valid(layer, rows, call)
+    valid = torch.ones(batch, tokens, dtype=torch.bool, device=rows.device) if valid is None else valid
+    count = -(-tokens // length)
+    belongs = segments_of(valid, length)
+    read = segment_means(rows, valid, belongs, count)
+    used = (belongs[:, :, None] == torch.arange(count, device=rows.device)).logical_and(valid[..., None]).any(1)
+    decided = router.decide(read.flatten(0, 1), used.flatten(), call, layer.index)
+    own = _gates(decided).view(batch, count, -1)
+    level = torch.full_like(own[:, :1], 1 / bank.experts)
+    gates = torch.cat([level, own[:, :-1]], dim=1)  # of segments
+    prompt = _prompt(rows, call)
+    if prompt is not None:
+        after = router.decide(masked_mean(rows, prompt), None, None, layer.index)
+        if call.kept is not None:
+            call.kept[layer.index] = _gates(after).detach()
+        gates = torch.cat([gates, _gates(after)[:, None]], dim=1)  # one more segment: what follows the prompt
+        has = prompt.any(1, keepdim=True)
+        belongs = torch.where(valid & ~prompt & has, torch.full_like(belongs, count), belongs)
+    per_token = gates.gather(1, belongs[..., None].expand(-1, -1, gates.shape[-1]))
+    if router.routing.combine == "outputs":
+        flat = rows.flatten(0, 1)
+        decision = Decision(bank.experts, None, per_token.flatten(0, 1))
+        zero = flat.new_zeros(len(flat), bank.up.shape[-1])
+        return stacked(bank, flat, bank.project(flat), decision, zero).view(batch, tokens, -1), per_token
+    # Each segment as a row of its own: tokens go to (segment, place in it) and back.
+    segments = gates.shape[1]
+    place = (belongs[:, :, None] == torch.arange(segments, device=rows.device)).cumsum(1)
+    place = place.gather(2, belongs[..., None])[..., 0] - 1
+    at = (torch.arange(batch, device=rows.device)[:, None] * segments + belongs) * tokens + place
+    laid = rows.new_zeros(batch * segments * tokens, width).index_copy(0, at.flatten(), rows.flatten(0, 1))
+    decision = Decision(bank.experts, None, gates.flatten(0, 1))
+    out = factors(bank, laid.view(batch * segments, tokens, width), decision)
+    return out.flatten(0, 1).index_select(0, at.flatten()).view(batch, tokens, -1), per_token
+
+
+def _slots(layer: Any, rows: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    """Soft MoE: each expert reads its slots, mixtures of the example's tokens (arXiv:2308.00951, section 2.1)."""
+    bank, router = layer.bank, layer.router
+    valid = _valid(layer, rows, call)
+    scores = router.score(rows)
+    dispatch, combine = scores, scores
+    if valid is not None:
+        dispatch = scores.masked_fill(~valid[..., None], torch.finfo(scores.dtype).min)
+    dispatch, combine = dispatch.softmax(1), combine.softmax(-1)
+    slots = torch.einsum("bts,btd->bsd", dispatch.to(rows.dtype), rows)
+    each = slots.shape[1] // bank.experts
+    outputs = []
+    for expert in range(bank.experts):
+        mine = slots[:, expert * each : (expert + 1) * each]
+        out = bank.project(mine, expert) @ bank.up[bank.rows(expert)].to(rows.dtype)
+        outputs.append(out + bank.bias[expert].to(out) if bank.shape.bias else out)
+    gates = combine.unflatten(-1, (bank.experts, each)).sum(-1)
+    return torch.einsum("bts,bsd->btd", combine.to(rows.dtype), torch.cat(outputs, dim=1)), gates

@@ -1,0 +1,43 @@
+"""What the Trainer's checkpoints hold: what training changes, and no copy of the base."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+CHECKPOINT = re.compile(r"checkpoint-\d+")
+
+
+class SavePretrained:
+    """Stands in place of a wrapped model's `save_pretrained`.
+
+    The Trainer saves checkpoints through it, into directories named `checkpoint-STEP`: these hold only the parameters
+    that are trained, and their configuration says so, as a light mixture's does. Any other directory is complete.
+
+    Args:
+        model: the mixture.
+    """
+
+    def __init__(self, model: Any):
+        self.model = model
+
+    def __call__(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        model = self.model
+        save = type(model).save_pretrained
+        if not CHECKPOINT.fullmatch(Path(save_directory).name):
+            return save(model, save_directory, *args, **kwargs)
+        config, ignored = model.config, model._keys_to_ignore_on_save
+        complete = config.quantization_config
+        from ..mixture.hub import CoterieConfig
+
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        base = {"id": model.name_or_path or "", "revision": None, "fingerprint": None}
+        # buffers of routers (annealing) are state of the training as well
+        kept = trained | {name for name, _ in model.named_buffers() if ".router." in name or ".bank." in name}
+        try:
+            config.quantization_config = CoterieConfig(**{**model.coterie.spec.to_dict(), "base": base})
+            model._keys_to_ignore_on_save = {*(ignored or ()), *(set(model.state_dict()) - kept)}
+            return save(model, save_directory, *args, **kwargs)
+        finally:
+            config.quantization_config, model._keys_to_ignore_on_save = complete, ignored

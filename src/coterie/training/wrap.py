@@ -1,0 +1,262 @@
+"""A mixture to train: experts and routers put into a model that stays as it is."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import nn
+
+from ..errors import CoterieError
+from ..experts.bank import activation
+from ..experts.fresh import Fresh
+from ..methods.registry import Mixture, get
+from ..mixture.handle import attach
+from ..mixture.layer import is_mixture, widths
+from ..mixture.probe import probe
+from ..mixture.sites import choose_sites, outside_base
+from ..mixture.spec import MixtureSpec, insert
+from ..recipe import Modules
+from .checkpoints import SavePretrained
+
+# Where bottleneck adapters stand unless globs say otherwise: behind what ends a sub-layer, under its usual names.
+SUBLAYER_ENDS = (
+    "*attention.output.dense",
+    "*.output.dense",
+    "*attention.out_proj",
+    "*self_attn.out_proj",
+    "*encoder_attn.out_proj",
+    "*.o_proj",
+    "*.down_proj",
+    "*.fc2",
+    "*.out_lin",
+    "*.lin2",
+    "*attn.c_proj",
+    "*mlp.c_proj",
+    "*SelfAttention.o",
+    "*EncDecAttention.o",
+    "*DenseReluDense.wo",
+)
+
+
+class MixtureConfig(BaseModel):
+    """What to put into a model.
+
+    Attributes:
+        method: a trained method that `coterie methods` lists; or an assembly of the axes themselves.
+        experts: how many, or their names.
+        parameters: the method's parameters.
+        modules: globs on module paths: the linear layers that get experts. Default: all that a forward pass calls (but
+            output heads); of bottleneck adapters, those that end a sub-layer.
+        also_train: globs on names of the base's parameters that are trained too, beside experts and routers; None: the
+            task head, what a model holds outside of its base model (as PEFT's `modules_to_save` for its task types).
+        seed: of the fresh parameters.
+    """
+
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
+    method: str | Mixture = "smear"
+    experts: int | list[str] = Field(default=8)
+    parameters: dict[str, Any] = {}
+    modules: Modules = Modules()
+    also_train: list[str] | None = None
+    seed: int = Field(default=0, ge=0)
+
+    def __init__(self, **keys: Any):
+        try:
+            super().__init__(**keys)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise CoterieError(f"{where}: {first['msg']}", "MixtureConfig", "see its attributes") from None
+
+    @property
+    def names(self) -> list[str]:
+        """The experts' names.
+
+        Raises:
+            CoterieError: there are none, or two bear one name.
+        """
+        names = [f"expert {i}" for i in range(self.experts)] if isinstance(self.experts, int) else list(self.experts)
+        if not names or len(set(names)) != len(names):
+            raise CoterieError(
+                f"experts is {self.experts!r}", "MixtureConfig", "give a number above 0, or unlike names"
+            )
+        return names
+
+    def assemble(self) -> tuple[str, dict[str, Any], Mixture]:
+        """The method's name, its parameters and its assembly.
+
+        Raises:
+            CoterieError: no such method, one that is built and not trained, or a parameter out of range.
+        """
+        if isinstance(self.method, Mixture):
+            return "custom", {}, self.method
+        method = get(self.method)
+        parameters = method.parameters(self.parameters, len(self.names))
+        if not method.trained:
+            raise CoterieError(
+                f"{self.method} is built from experts and not trained",
+                "method",
+                "make it with coterie.build; a built mixture can be wrapped: coterie.wrap(mixture)",
+            )
+        return self.method, parameters, method.assemble(**parameters)
+
+
+Part = Literal["all", "experts", "routers"]
+
+
+def wrap(model: Any, config: MixtureConfig | None = None, train: Part = "all") -> Any:
+    """A mixture to train, as an ordinary transformers model: for the Trainer, TRL, or a loop of one's own.
+
+    Args:
+        model: a model, which stays as it is: the mixture's frozen parameters share its memory. Or a mixture (built, or
+            loaded), whose routers and experts are to be trained further; a layer's routing then has rows of its own.
+        config: what to put into a model; None for a mixture.
+        train: which part learns: experts, routers, or all.
+
+    Returns:
+        The mixture, in training mode. Only its experts, routers and `also_train` want gradients, and only these are in
+        the Trainer's checkpoints (directories named `checkpoint-STEP`); any other `save_pretrained` is complete.
+
+    Raises:
+        CoterieError: an unknown method or layer, a rank or number out of range, or routing that would look ahead.
+    """
+    made = is_a_mixture(model)
+    if made == (config is not None):
+        raise CoterieError(
+            "is a mixture already" if made else "has no experts yet",
+            "coterie.wrap",
+            "leave the config out" if made else "give a MixtureConfig",
+        )
+    if train not in ("all", "experts", "routers"):
+        raise CoterieError(f"train is {train!r}", "coterie.wrap", "known: all, experts, routers")
+    if config is None:
+        mixture = _own_routing(_shared_copy(model), train)
+        also = {name for name, _ in model.named_parameters() if _inside(name, model.coterie.spec.heads)}
+    else:
+        also = _also(model, config.also_train)
+        mixture = _fresh(model, config)
+    for name, parameter in mixture.named_parameters():
+        part = part_of(name)
+        parameter.requires_grad_(name in also if part is None else train in ("all", part))
+        if parameter.requires_grad and name in also:
+            parameter.data = parameter.data.clone()  # the user's model keeps its own
+    if not any(p.requires_grad for p in mixture.parameters()):
+        raise CoterieError(f"there is nothing to train: it has no {train}", "train", "train all, or experts")
+    if hasattr(mixture, "save_pretrained"):
+        mixture.save_pretrained = SavePretrained(mixture)
+    return mixture.train()
+
+
+def is_a_mixture(model: nn.Module) -> bool:
+    """Whether a model has mixture layers."""
+    return any(is_mixture(module) for module in model.modules())
+
+
+def part_of(name: str) -> Literal["experts", "routers"] | None:
+    """Which part of a mixture a parameter belongs to, by its name; None for the base's."""
+    if ".router." in name or name.endswith(".bank.gate") or name.startswith("coterie_router."):
+        return "routers"
+    return "experts" if ".bank." in name else None
+
+
+def _shared_copy(model: Any) -> Any:
+    """A copy whose parameters and buffers lie in the same memory."""
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        shared = tensor.detach()
+        memo[id(tensor)] = nn.Parameter(shared, requires_grad=False) if isinstance(tensor, nn.Parameter) else shared
+    return copy.deepcopy(model, memo)
+
+
+def _fresh(model: Any, config: MixtureConfig) -> Any:
+    """A copy of a dense model with fresh experts and routers."""
+    name, parameters, assembly = config.assemble()
+    kind = assembly.experts
+    if not isinstance(kind, Fresh):
+        raise CoterieError("its experts are fitted, not trained", "method", "use Fresh experts")
+    if kind.kind == "bottleneck":
+        activation(kind.activation)
+    names = ["expert"] if name == "single" and isinstance(config.experts, int) else config.names
+    if name == "single" and len(names) > 1:
+        raise CoterieError(f"single has one expert, and {len(names)} are named", "experts", "name one")
+    mixture = _shared_copy(model)
+    paths, siblings = _layers(mixture, config, kind)
+    spec = MixtureSpec(name, parameters, assembly.routing, names)
+    for path in paths:
+        spec.layers[path] = kind.shape(len(names), *widths(mixture.get_submodule(path)))
+    spec.siblings = siblings
+    insert(mixture, spec)
+    generator = torch.Generator().manual_seed(config.seed)
+    with torch.no_grad():
+        for layer in (mixture.get_submodule(path) for path in paths):
+            kind.reset(layer.bank, generator)
+            layer.router.reset(generator)
+    attach(mixture, spec)
+    return mixture
+
+
+def _layers(model: Any, config: MixtureConfig, kind: Fresh) -> tuple[list[str], list[list[str]]]:
+    """Paths of the layers that get experts, and groups of them that read the same input."""
+    from transformers import PreTrainedModel
+
+    from ..sources.names import LiveSkeleton, Skeleton
+
+    modules, notes = config.modules, list[str]()
+    if kind.kind == "bottleneck" and modules.include == ["*"]:
+        modules = Modules(
+            include=list(SUBLAYER_ENDS), exclude=[*modules.exclude, *(f"{p}*" for p in outside_base(model))]
+        )
+    seen = probe(Skeleton(type(model), model.config).model) if isinstance(model, PreTrainedModel) else None
+    called = None if seen is None else seen.called
+    sites = choose_sites(model, set(), modules, "base", called, LiveSkeleton(model).tied, notes)
+    wrong = [note for note in notes if note.startswith(("include", "exclude"))]
+    if wrong and config.modules.include != ["*"]:
+        raise CoterieError(wrong[0], "modules", "see model.named_modules() for the names")
+    return sites.layers, [] if seen is None else seen.siblings()
+
+
+def _own_routing(mixture: Any, train: Part) -> Any:
+    """Where routing reads the experts' own rows and only one of the two is trained: rows of its own for it."""
+    spec = mixture.coterie.spec
+    for path, shape in spec.layers.items():
+        layer = mixture.get_submodule(path)
+        if train == "all" or shape.ranks is None or not shape.gate_rank or shape.gate:
+            continue
+        rows = layer.bank.score_rows().detach().clone()
+        spec.layers[path] = layer.bank.shape = replace(shape, gate=True)
+        layer.bank.register_parameter("gate", nn.Parameter(rows))
+    attach(mixture, spec)
+    return mixture
+
+
+def _also(model: Any, globs: list[str] | None) -> set[str]:
+    """Names of a dense model's parameters that are trained too.
+
+    Raises:
+        CoterieError: a glob matches none.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    if globs is None:
+        get_output = getattr(model, "get_output_embeddings", None)
+        output = get_output() if get_output else None
+        heads = [
+            path for path in outside_base(model) if output is None or output not in model.get_submodule(path).modules()
+        ]
+        return {name for name in names if _inside(name, heads)}
+    for glob in globs:
+        if not any(fnmatchcase(name, glob) for name in names):
+            raise CoterieError(
+                f"no parameter of the base matches {glob!r}", "also_train", "see model.named_parameters()"
+            )
+    return {name for name in names if any(fnmatchcase(name, glob) for glob in globs)}
+
+
+def _inside(name: str, paths: Iterable[str]) -> bool:
+    return any(name.startswith(f"{path}.") for path in paths)
