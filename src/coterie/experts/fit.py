@@ -8,6 +8,7 @@ from itertools import combinations
 from typing import Literal
 
 import torch
+from torch.nn import functional as F
 
 from ..sources.delta import Delta
 from .bank import BankShape
@@ -71,10 +72,13 @@ class TruncatedSVD:
         rank: directions kept per expert; "full" keeps all that are numerically non-zero, "dense" the delta itself.
         gate_rank: directions that score; the same number for all experts of a layer, at most the smallest
             numerical rank among them.
+        energies: gates read `S_k V_k^T` instead, all kept directions weighted by their singular values, so that the
+            norm of what they read is the norm of the expert's output (SpectR, arXiv:2504.03454).
     """
 
     rank: Rank
-    gate_rank: int
+    gate_rank: int = 0
+    energies: bool = False
 
     def plan(
         self, d_in: int, d_out: int, bounds: Sequence[int | None], bias: bool
@@ -97,7 +101,10 @@ class TruncatedSVD:
             ranks.append(None if bound == 0 else full)
         touching = [r for r in ranks if r is not None]
         parameters = sum(d_in * d_out if r == "dense" else int(r) * (d_in + d_out) for r in touching)
-        if len(touching) > 1:
+        if len(touching) > 1 and self.energies:
+            most = max(int(r) for r in touching)
+            parameters += most * d_in * len(touching) if len(set(touching)) > 1 else 0
+        elif len(touching) > 1:
             gate = min(self.gate_rank, d_in, d_out)
             if self.rank == "dense" or any(int(r) < gate for r in touching):
                 parameters += gate * d_in * len(touching)
@@ -147,9 +154,16 @@ class TruncatedSVD:
         gate_rank = min(self.gate_rank, *(f.rank for f in factors)) if several else 0
         dense = self.rank == "dense"
         kept = [len(f.s) if self.rank == "full" or dense else min(int(self.rank), len(f.s)) for f in factors]
+        if self.energies:
+            gate_rank = max(kept) if several else 0
 
         tensors: dict[str, torch.Tensor] = {}
-        if dense:
+        if self.energies:
+            tensors["down"] = torch.cat([f.s[:k, None] * f.vt[:k] for f, k in zip(factors, kept, strict=True)])
+            tensors["up"] = torch.cat(
+                [scales[i] * f.u[:, :k].T for i, f, k in zip(candidates, factors, kept, strict=True)]
+            )
+        elif dense:
             tensors["dense"] = torch.stack(
                 [scales[i] * (delta.dense() if (delta := deltas[i]) else torch.zeros_like(weight)) for i in candidates]
             )
@@ -159,7 +173,10 @@ class TruncatedSVD:
                 [(f.u[:, :k] * (scales[i] * f.s[:k])).T for i, f, k in zip(candidates, factors, kept, strict=True)]
             )
         own_gate = several and (dense or gate_rank > min(kept))
-        if own_gate:
+        if own_gate and self.energies:  # rows of zeros make ranks equal, and add nothing to a norm
+            parts = tensors["down"].split(kept)
+            tensors["gate"] = torch.cat([F.pad(part, (0, 0, 0, gate_rank - len(part))) for part in parts])
+        elif own_gate:
             tensors["gate"] = torch.cat([f.vt[:gate_rank] for f in factors])
         changed = any(biases[i] is not None for i in candidates)
         if changed:
@@ -187,13 +204,14 @@ class TruncatedSVD:
             ],
             excess=[None if i not in at else 0.0 if dense else factors[at[i]].excess for i in everyone],
             norms=[factors[at[i]].norm / norm if i in at else None for i in everyone],
-            overlap=_overlap([f.vt[:gate_rank] for f in factors]) if several else None,
+            overlap=overlap([f.vt[:gate_rank] for f in factors]) if several else None,
             parameters=sum(t.numel() for t in tensors.values()),
         )
         shape = BankShape(tuple(candidates), None if dense else tuple(kept), gate_rank, own_gate, changed)
         return FittedLayer(shape, tensors, report)
 
 
-def _overlap(rows: list[torch.Tensor]) -> float:
+def overlap(rows: list[torch.Tensor]) -> float:
+    """The mean over pairs of `|V_i V_j^T|_F^2 / g`, of orthonormal rows (g, d)."""
     pairs = [float((a @ b.T).square().sum()) / max(len(a), 1) for a, b in combinations(rows, 2)]
     return sum(pairs) / len(pairs)

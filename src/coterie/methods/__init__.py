@@ -2,6 +2,7 @@
 
 from . import (
     adamix,
+    arrow,
     dselect_k,
     emr,
     ensemble,
@@ -12,10 +13,12 @@ from . import (
     single,
     smear,
     soft_moe,
+    spectr,
     st_gumbel,
     switch,
     tag,
     tall,
+    uniform,
 )
 from .registry import Method, Mixture, get, known
 from .smile import smile
@@ -24,6 +27,7 @@ __all__ = [
     "Method",
     "Mixture",
     "adamix",
+    "arrow",
     "dselect_k",
     "emr",
     "ensemble",
@@ -37,8 +41,10 @@ __all__ = [
     "smear",
     "smile",
     "soft_moe",
+    "spectr",
     "st_gumbel",
     "switch",
     "tag",
     "tall",
+    "uniform",
 ]

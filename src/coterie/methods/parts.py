@@ -9,6 +9,11 @@ from pydantic import Field
 from ..experts.fresh import Fresh
 
 Rank = Annotated[int, Field(ge=1, description="of each expert's low-rank pair, or a bottleneck's width")]
+BuiltRank = Annotated[
+    Annotated[int, Field(ge=1)] | Literal["full"],
+    Field(description="singular directions kept of each delta; full: all, which is exact for adapters"),
+]
+Temperature = Annotated[float, Field(gt=0, description="scores are divided by it before the softmax")]
 Kind = Annotated[
     Literal["lora", "bottleneck"],
     Field(description="lora: a low-rank pair beside a layer; bottleneck: an adapter with a non-linearity behind it"),
@@ -23,6 +28,10 @@ ExamplePool = Annotated[
 AnyPool = Annotated[
     Literal["token", "sequence", "prompt", "segment"],
     Field(description="what a decision reads and holds for; causal models need token, prompt or segment"),
+]
+LibraryPool = Annotated[
+    Literal["token", "sequence", "prompt"],
+    Field(description="what a decision reads (the mean of so much) and holds for; causal models: token or prompt"),
 ]
 PromptPool = Annotated[
     Literal["sequence", "prompt"],

@@ -9,10 +9,13 @@ from typing import Any
 from ..errors import CoterieError
 from ..experts.fit import TruncatedSVD
 from ..experts.fresh import Fresh
+from ..experts.given import GivenFactors
 from ..experts.masked import Masked
 from ..recipe import nearest
 from ..registration import Registered
 from ..routing.router import Routing
+
+Fitted = TruncatedSVD | GivenFactors | Masked
 
 
 @dataclass(frozen=True)
@@ -24,11 +27,11 @@ class Mixture:
         routing: score and selection.
     """
 
-    experts: TruncatedSVD | Masked | Fresh
+    experts: Fitted | Fresh
     routing: Routing
 
     @property
-    def fitted(self) -> TruncatedSVD | Masked:
+    def fitted(self) -> Fitted:
         """The experts of a method that is built."""
         assert not isinstance(self.experts, Fresh)
         return self.experts
@@ -44,6 +47,8 @@ class Method(Registered):
             CoterieError: an unknown parameter, a value out of range, or `top_k` above the number of experts.
         """
         values = self.check(given)
+        if "top_k" in values and "top_k" not in given:
+            values["top_k"] = min(values["top_k"], experts)
         if values.get("top_k", 1) > experts:
             raise CoterieError(
                 f"top_k is {values['top_k']} and there are {experts} experts", f"method {self.name}", "lower top_k"

@@ -26,6 +26,8 @@ class Context:
         active: how many experts `gates` gives a token at most.
         recorders: called with (layer, gates (..., candidates)) for each layer of a call.
         last_losses: what routers added to the last loss, by name.
+        untaken: the last training call that had no labels, so that its losses are part of none yet.
+        told: whether a loss without them was warned of.
         compiled_call: the call that is being traced (threads do not exist there).
     """
 
@@ -36,6 +38,8 @@ class Context:
     recorders: list[Callable[[Any, torch.Tensor], None]] = field(default_factory=list)
     compiled_call: Call | None = None
     last_losses: dict[str, torch.Tensor] = field(default_factory=dict)
+    untaken: Call | None = None
+    told: bool = False
     _calls: dict[int, Call] = field(default_factory=dict)
 
     @property
@@ -63,7 +67,7 @@ class Context:
                 self._calls[thread] = before
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "compiled_call": None, "_calls": {}}
+        return {**self.__dict__, "compiled_call": None, "untaken": None, "_calls": {}}
 
     def given(self, leading: torch.Size, candidates: tuple[int, ...], device: torch.device) -> Decision:
         """The decision that was given from outside, for a layer's tokens.

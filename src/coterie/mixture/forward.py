@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from ..errors import CoterieError
 from ..routing.call import Call, repeated
 from ..routing.pooling import masked_mean
+from ..routing.router import SCORES
 from .context import Context
 
 INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values")
@@ -41,6 +43,13 @@ class Forward:
                 "pool" if routing.combine != "slots" else "method",
                 'use pool "prompt" or "segment"' if routing.combine != "slots" else "use it in encoders alone",
             )
+        by_rows = SCORES[routing.score].reads == "rows" and routing.pool not in ("token", "task")
+        if by_rows and _is_seq2seq(model):
+            raise CoterieError(
+                "its scores read each layer's own input, and a decoder's routers could read the encoder's alone",
+                "pool",
+                'use pool "token"',
+            )
         self._encoder = model.get_encoder() if _is_seq2seq(model) else None
         if self._encoder is not None:
             self._encoder.register_forward_pre_hook(self._before_encoder, with_kwargs=True)
@@ -59,6 +68,8 @@ class Forward:
     ) -> Any:
         names = list(inspect.signature(type(self.model).forward).parameters)[1:] if args else []
         inputs = {**dict(zip(names, args, strict=False)), **kwargs}
+        if isinstance(inputs.get("labels"), Tensor):
+            kwargs.pop("num_items_in_batch", None)  # not every architecture heeds it: see _with_losses
         call = self._begin(inputs, task_ids, prompt_lengths)
         if call.training and not torch.compiler.is_compiling():
             _carry(self.model, self.context)
@@ -72,7 +83,7 @@ class Forward:
         cache = getattr(output, "past_key_values", None)
         if call.kept is not None and cache is not None:
             cache.coterie = call.kept
-        return self._with_losses(output, call, inputs) if call.losses or call.policies else output
+        return self._with_losses(output, call, inputs)
 
     def _disagreement(self, output: Any, call: Call, labels: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor:
         """Half the symmetric KL divergence from a second pass, with other choices (arXiv:2205.12410, equation 5)."""
@@ -185,29 +196,61 @@ class Forward:
             call.encoder = masked_mean(output[0], call.valid)
 
     def _with_losses(self, output: Any, call: Call, inputs: dict[str, Any]) -> Any:
-        named = isinstance(output, dict)
-        if inputs.get("labels") is None or (named and output.get("loss") is None):
+        named, labels = isinstance(output, dict), inputs.get("labels")
+        if labels is None or (named and output.get("loss") is None):
+            if call.losses or call.policies:
+                self._leave(output["logits"] if named and "logits" in output else output[0], call)
             return output
         loss = output["loss"] if named else output[0]
-        terms = {name: torch.stack([t.to(loss) for t in each]).mean() for name, each in call.losses.items()}
-        if call.policies:
-            terms |= reward(
-                call,
-                example_losses(output["logits"] if named else output[1], inputs["labels"], self.causal),
-                self.routing.losses,
-            )
-        self.context.last_losses = {name: term.detach() for name, term in terms.items()}
-        total = loss + self._share(inputs) * torch.stack(list(terms.values())).sum().to(loss)
+        total = loss + self.losses(call, output["logits"] if named else output[1], labels).to(loss)
+        items = inputs.get("num_items_in_batch")
+        if items is not None:  # a part of the mean over all labels of an optimiser's step
+            count = self.counted(labels)
+            total = torch.where(count > 0, total, torch.zeros_like(total)) * count / items
         if named:
             output["loss"] = total
             return output
         return (total, *output[1:])
 
-    @staticmethod
-    def _share(inputs: dict[str, Any]) -> Any:
-        """The part of an optimiser's step that this call is, where the model's loss is a sum over a step's tokens."""
-        items = inputs.get("num_items_in_batch")
-        return 1.0 if items is None else (inputs["labels"] != -100).sum() / items
+    def losses(self, call: Call, logits: Tensor | None, labels: Tensor | None) -> Tensor:
+        """The sum of the routers' losses of a call, each term the mean over layers.
+
+        Raises:
+            CoterieError: they learn from a reward, and there are no labels.
+        """
+        terms = {name: torch.stack(each).mean() for name, each in call.losses.items()}
+        if call.policies:
+            if logits is None or labels is None:
+                raise CoterieError(
+                    "the routers learn from each example's loss, and there are no labels",
+                    "forward",
+                    "pass labels with the batch, or to model.coterie.losses(logits, labels)",
+                )
+            terms |= reward(call, example_losses(logits, labels, self.causal), self.routing.losses)
+        self.context.last_losses = {name: term.detach() for name, term in terms.items()}
+        return torch.stack(list(terms.values())).sum() if terms else torch.zeros((), device=call.device)
+
+    def counted(self, labels: Tensor) -> Tensor:
+        """How many labels the mean of the model's loss is over."""
+        return ((labels[:, 1:] if self.causal else labels) != -100).sum()
+
+    def _leave(self, logits: Tensor, call: Call) -> None:
+        """Keep the losses of a call without labels for who makes a loss of it; a loss without them is told of."""
+        self.context.untaken = call
+        if torch.compiler.is_compiling() or self.context.told or not logits.requires_grad:
+            return
+
+        def tell(_: Tensor) -> None:
+            if self.context.untaken is call and not self.context.told:
+                self.context.told = True
+                warnings.warn(
+                    f"the losses of the routers ({', '.join(call.losses) or 'policy'}) are not part of the loss that "
+                    "is differentiated, for the call had no labels; add model.coterie.losses() to it "
+                    "(a Trainer that smooths labels or makes a loss of its own: coterie.watch(trainer))",
+                    stacklevel=2,
+                )
+
+        logits.register_hook(tell)
 
 
 class _Carried:

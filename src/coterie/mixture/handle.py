@@ -69,8 +69,9 @@ class Handle:
             layer.decodes = decoder is not None and name.startswith(f"{decoder}.")
         for index, layer in enumerate(dict.fromkeys(self._layers)):
             layer.index = index
+        self._forward: Forward | None = None
         if not spec.routing.by_token or spec.routing.losses:
-            model.forward = Forward(model, self._context, spec.routing)
+            self._forward = model.forward = Forward(model, self._context, spec.routing)
         for group in spec.siblings:
             members = [layers[path] for path in group if path in layers]
             if Siblings.fit(members):
@@ -97,6 +98,21 @@ class Handle:
     def recorders(self) -> list[Callable[[Any, torch.Tensor], None]]:
         """Are called with (layer, gates (..., candidates)) by each mixture layer of a call."""
         return self._context.recorders
+
+    def losses(self, logits: torch.Tensor | None = None, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """The routers' losses of the last training call, for a loss of one's own; a call with labels has added them.
+
+        Args:
+            logits, labels: of that call, where routers learn from a reward: (batch, classes) or (batch, tokens,
+                vocabulary), and class numbers (batch,) or (batch, tokens), -100 where none counts.
+
+        Returns:
+            A scalar, zero where there are none.
+        """
+        call, self._context.untaken = self._context.untaken, None
+        if call is None or self._forward is None:
+            return next(self._model.parameters()).new_zeros(())
+        return self._forward.losses(call, logits, labels)
 
     @property
     def head(self) -> str:

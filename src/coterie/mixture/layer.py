@@ -65,8 +65,8 @@ class _Mixture(nn.Module):
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _known(self) -> bool:
-        """Whether the call names experts that are deltas of the weight, so that the layer is one dense layer."""
-        weights, bank = self.context.weights, self.bank
+        """Whether the call's weights are known and of deltas of the weight, so that the layer is one dense layer."""
+        weights, bank = self._constant(), self.bank
         if weights is None or not bank.linear or bank.shape.norm or (self.training and bank.shape.dropout):
             return False
         return self.router.routing.combine == "outputs" or [w for w in weights if w] == [1.0]
@@ -168,6 +168,8 @@ class _Mixture(nn.Module):
         context, candidates = self.context, self.bank.shape.experts
         if context.weights is not None:
             return tuple(context.weights[i] for i in candidates)
+        if self.router.routing.score == "level" and self.router.routing.combine == "outputs" and context.gates is None:
+            return (1 / self.router.score.experts,) * len(candidates)
         return (1.0,) if len(candidates) == 1 and context.gates is None and not self.bank.whole else None
 
     def _path(self, x: torch.Tensor, constant: tuple[float, ...] | None) -> Path:
@@ -187,7 +189,8 @@ class _Mixture(nn.Module):
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return "stacked"  # nothing that depends on data
         if constant is not None:
-            return "merged" if self.context.weights is not None and not flows(self) else "grouped"
+            once = self.context.weights is not None or self.router.routing.score == "level"
+            return "merged" if once and not flows(self) else "grouped"
         if x.device.type != "cpu":
             return "stacked"  # nothing that waits for the device
         if self.context.gates is None and (forced == "native" or native.enabled()):
@@ -249,6 +252,7 @@ def add_experts(
     routing: Routing,
     tensors: dict[str, torch.Tensor] | None = None,
     read: int | None = None,
+    experts: int | None = None,
 ) -> Any:
     """A mixture layer that shares the parameters of `layer`, which itself stays as it is.
 
@@ -258,6 +262,7 @@ def add_experts(
         routing: how the layer routes.
         tensors: the bank's parameters by name; left empty (for the loader to fill) where None.
         read: width of what a router reads that decides by example; None for the experts' own input.
+        experts: how many the mixture has; None for as many as the layer.
     """
     mixture = MIXTURE_OF[type(layer)].__new__(MIXTURE_OF[type(layer)])
     mixture.__dict__.update(layer.__dict__)
@@ -270,7 +275,9 @@ def add_experts(
         own.data = tensor.to(own)
     mixture.bank = bank
     width = bank.width if read is None or routing.by_token or routing.combine == "slots" else read
-    mixture.router = routing.router(width, bank.experts, layer.weight.device, layer.weight.dtype)
+    mixture.router = routing.router(
+        width, shape.experts, experts or bank.experts, layer.weight.device, layer.weight.dtype
+    )
     mixture.router.train(layer.training)
     mixture.context, mixture.siblings, mixture._merged = Context(), None, Derived()
     mixture.index, mixture.decodes = 0, False

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..errors import CoterieError
 from ..experts.bank import Bank
@@ -33,6 +34,10 @@ def add_pooled(layer: Any, x: Tensor, y: Tensor) -> Tensor:
     routing = layer.router.routing
     if routing.combine == "slots":
         part, gates = _slots(layer, rows, call)
+    elif routing.pool == "token" and layer.context.weights is None and layer.context.gates is None:
+        decision = _read(layer, rows.flatten(0, 1), _counted(layer, rows, call), call)
+        gates = decision.gates().view(*rows.shape[:2], -1)
+        part = token_factors(layer.bank, rows, gates)
     elif routing.pool == "segment" and not layer.decodes and layer.context.weights is None:
         part, gates = _segments(layer, rows, call)
     else:
@@ -78,6 +83,21 @@ def factors(bank: Bank, x: Tensor, decision: Decision) -> Tensor:
     if bank.shape.bias:
         out = out + ((ups if ups.ndim == 2 else ups.mean(-1)) @ bank.bias.to(x.dtype))[:, None]
     return out
+
+
+def token_factors(bank: Bank, x: Tensor, gates: Tensor) -> Tensor:
+    """Factors mixed for each token: `(sum_i g_i B_i) (sum_j g_j A_j) x`, and no token's own matrices.
+
+    Args:
+        bank: low-rank experts of equal ranks.
+        x: (batch, tokens, width).
+        gates: (batch, tokens, E).
+    """
+    gates = gates.to(x.dtype)
+    z = bank.project(x).unflatten(-1, (bank.experts, -1))
+    mixed = torch.einsum("bte,bter->btr", gates, z)
+    out = (gates[..., None] * mixed[:, :, None]).flatten(-2) @ bank.up.to(x.dtype)
+    return out + gates @ bank.bias.to(x.dtype) if bank.shape.bias else out
 
 
 def _merged(stack: Tensor, gates: Tensor, experts: int) -> Tensor:
@@ -132,10 +152,24 @@ def _decision(layer: Any, rows: Tensor, call: Call) -> Decision:
         return Decision(len(candidates), None, repeated(call.kept[layer.index], call.batch))
     prompt = _prompt(rows, call)
     pooled = masked_mean(rows, _valid(layer, rows, call) if prompt is None else prompt)
-    decision: Decision = router.decide(pooled, None, call, layer.index)
+    decision = _read(layer, pooled, None, call)
     if call.kept is not None:
         call.kept[layer.index] = _gates(decision).detach()
     return decision
+
+
+def _read(layer: Any, x: Tensor, valid: Tensor | None, call: Call | None) -> Decision:
+    """The router's decision for rows x (n, width); `valid` (n,), the rows that count in losses."""
+    bank, router = layer.bank, layer.router
+    if router.score.reads == "rows":
+        x = F.linear(x, bank.score_rows().to(x.dtype)).unflatten(-1, (bank.experts, -1))
+    decision: Decision = router.decide(x, valid, call, layer.index)
+    return decision
+
+
+def _counted(layer: Any, rows: Tensor, call: Call) -> Tensor | None:
+    valid = _valid(layer, rows, call)
+    return None if valid is None else valid.flatten()
 
 
 def _prompt(rows: Tensor, call: Call) -> Tensor | None:
@@ -154,32 +188,33 @@ def _segments(layer: Any, rows: Tensor, call: Call) -> tuple[Tensor, Tensor]:
 
     Level, since a decision that reads its own segment, as Lory's first does, looks ahead (arXiv:2405.03133, section 3).
     """
-    bank, router, length = layer.bank, layer.router, layer.router.routing.segment
+    bank, routing = layer.bank, layer.router.routing
+    length = routing.segment
     batch, tokens, width = rows.shape
     if call.continues:
         decision = _decision(layer, rows, call)
         gates = _gates(decision)[:, None]
-        return apply(bank, rows, decision, router.routing.combine), gates.expand(-1, tokens, -1)
+        return apply(bank, rows, decision, routing.combine), gates.expand(-1, tokens, -1)
     valid = _valid(layer, rows, call)
     valid = torch.ones(batch, tokens, dtype=torch.bool, device=rows.device) if valid is None else valid
     count = -(-tokens // length)
     belongs = segments_of(valid, length)
     read = segment_means(rows, valid, belongs, count)
     used = (belongs[:, :, None] == torch.arange(count, device=rows.device)).logical_and(valid[..., None]).any(1)
-    decided = router.decide(read.flatten(0, 1), used.flatten(), call, layer.index)
+    decided = _read(layer, read.flatten(0, 1), used.flatten(), call)
     own = _gates(decided).view(batch, count, -1)
     level = torch.full_like(own[:, :1], 1 / bank.experts)
     gates = torch.cat([level, own[:, :-1]], dim=1)  # of segments
     prompt = _prompt(rows, call)
     if prompt is not None:
-        after = router.decide(masked_mean(rows, prompt), None, None, layer.index)
+        after = _read(layer, masked_mean(rows, prompt), None, None)
         if call.kept is not None:
             call.kept[layer.index] = _gates(after).detach()
         gates = torch.cat([gates, _gates(after)[:, None]], dim=1)  # one more segment: what follows the prompt
         has = prompt.any(1, keepdim=True)
         belongs = torch.where(valid & ~prompt & has, torch.full_like(belongs, count), belongs)
     per_token = gates.gather(1, belongs[..., None].expand(-1, -1, gates.shape[-1]))
-    if router.routing.combine == "outputs":
+    if routing.combine == "outputs":
         flat = rows.flatten(0, 1)
         decision = Decision(bank.experts, None, per_token.flatten(0, 1))
         zero = flat.new_zeros(len(flat), bank.up.shape[-1])

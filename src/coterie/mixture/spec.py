@@ -99,6 +99,8 @@ def insert(model: nn.Module, spec: MixtureSpec, tensors: dict[str, dict[str, Any
         given = tensors[path] if tensors is not None else None
         # a decoder's routers read the encoder's states, where they decide by example
         read = encoded if decoder is not None and path.startswith(f"{decoder}.") else None
-        replace(model, path, add_experts(model.get_submodule(path), shape, spec.routing, given, read))
+        replace(
+            model, path, add_experts(model.get_submodule(path), shape, spec.routing, given, read, len(spec.experts))
+        )
     for path, head in spec.heads.items():
         replace(model, path, per_expert(model.get_submodule(path), head.owners, head.shapes))

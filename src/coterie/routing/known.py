@@ -94,7 +94,7 @@ class Hash(nn.Module):
 
 
 class Level(nn.Module):
-    """All experts score alike."""
+    """The same share for all experts."""
 
     reads = "call"
 
@@ -103,5 +103,5 @@ class Level(nn.Module):
         self.experts = experts
 
     def forward(self, call: Call, layer: int) -> Tensor:
-        """Zeros (batch, experts)."""
-        return torch.zeros(call.batch, self.experts, device=call.device)
+        """Gates (batch, experts)."""
+        return torch.full((call.batch, self.experts), 1 / self.experts, device=call.device)

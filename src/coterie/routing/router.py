@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
@@ -102,19 +103,30 @@ class Routing:
         """Whether tokens of one example reach each other by the very definition, in both directions."""
         return self.pool == "sequence" or self.combine == "slots"
 
-    def router(self, width: int, experts: int, device: Any = None, dtype: torch.dtype | None = None) -> Router:
+    def router(
+        self,
+        width: int,
+        candidates: Sequence[int],
+        experts: int,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> Router:
         """A layer's router.
 
         Args:
             width: of what the layer's router reads.
-            experts: the layer's candidates.
+            candidates: the layer's experts.
+            experts: how many the mixture has; scores that read the call are of all of them.
             device, dtype: of its parameters.
         """
         with torch.device(device or "cpu"):
             options = dict(self.select_options) | ({"width": width} if self.select == "reinforce" else {})
-            slots = experts * self.k if self.combine == "slots" else experts
+            scored = experts if SCORES[self.score].reads == "call" else len(candidates)
+            slots = scored * self.k if self.combine == "slots" else scored
             score = SCORES[self.score](width, slots, **self.score_options)
             router = Router(self, score, SELECTIONS[self.select](self.k, **options))
+            if len(candidates) < experts:
+                router.candidates = list(candidates)
         return router if dtype is None else router.to(dtype)
 
 
@@ -125,7 +137,12 @@ class Router(nn.Module):
         routing: what it was made of.
         score: what is read -> scores (n, E).
         select: scores -> decision.
+
+    Attributes:
+        candidates: the layer's experts, where it has not all of them.
     """
+
+    candidates: list[int] | None = None
 
     def __init__(self, routing: Routing, score: Any, select: Any):
         super().__init__()
@@ -140,12 +157,16 @@ class Router(nn.Module):
         """The decision for n rows, and what it adds to the loss.
 
         Args:
-            read: (n, width), or None for scores that read the call.
+            read: (n, width), or the bank's projections of that (n, E, g), or None, as the score reads.
             valid: (n,) bool, the rows that count in losses; None for all.
             call: of the whole model.
             layer: the layer's number.
         """
-        scores = self.score(read) if self.score.reads == "input" else self.score(call, layer)
+        if self.score.reads == "call":
+            scores = self.score(call, layer)
+            scores = scores if self.candidates is None else scores[:, self.candidates]
+        else:
+            scores = self.score(read)
         decision: Decision = self.select(scores)
         if call is not None and call.learns:
             own: dict[str, Tensor] = {}

@@ -22,15 +22,17 @@ class TopK(nn.Module):
         renormalise: whether the kept gates sum to 1; else they are the probabilities themselves (Switch, equation 2 of
             arXiv:2101.03961).
         dropout: share of experts that training leaves out of an example's (or token's) choice.
+        temperature: scores are divided by it.
     """
 
-    def __init__(self, k: int, renormalise: bool = True, dropout: float = 0.0):
+    def __init__(self, k: int, renormalise: bool = True, dropout: float = 0.0, temperature: float = 1.0):
         super().__init__()
-        self.k, self.renormalise, self.dropout = k, renormalise, dropout
+        self.k, self.renormalise, self.dropout, self.temperature = k, renormalise, dropout, temperature
 
     def forward(self, scores: Tensor) -> Decision:
         """The decision for n tokens from (n, E) float32 scores."""
         experts = scores.shape[-1]
+        scores = scores if self.temperature == 1 else scores / self.temperature
         if self.training and self.dropout:
             scores = scores.masked_fill(torch.rand_like(scores) < self.dropout, -1e10)
         if not self.renormalise:
