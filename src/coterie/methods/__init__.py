@@ -19,6 +19,7 @@ from . import (
     tag,
     tall,
     uniform,
+    xlora,
 )
 from .registry import Method, Mixture, get, known
 from .smile import smile
@@ -47,4 +48,5 @@ __all__ = [
     "tag",
     "tall",
     "uniform",
+    "xlora",
 ]

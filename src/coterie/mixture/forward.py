@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch.nn import functional as F
 from ..errors import CoterieError
 from ..routing.call import Call, repeated
 from ..routing.pooling import masked_mean
+from ..routing.prepass import freeze
 from ..routing.router import SCORES
 from .context import Context
 
@@ -50,6 +53,12 @@ class Forward:
                 "pool",
                 'use pool "token"',
             )
+        if routing.score == "prepass" and _is_seq2seq(model):
+            raise CoterieError(
+                "its router reads the hidden states of one stack, and an encoder-decoder has two", "method", "use smear"
+            )
+        model.register_forward_pre_hook(self._before_fused, with_kwargs=True)
+        model.register_forward_hook(self._after_fused, with_kwargs=True, always_call=True)
         self._encoder = model.get_encoder() if _is_seq2seq(model) else None
         if self._encoder is not None:
             self._encoder.register_forward_pre_hook(self._before_encoder, with_kwargs=True)
@@ -73,6 +82,8 @@ class Forward:
         call = self._begin(inputs, task_ids, prompt_lengths)
         if call.training and not torch.compiler.is_compiling():
             _carry(self.model, self.context)
+        if self.routing.score == "prepass" and self.context.weights is None and self.context.gates is None:
+            self._decide_before(call, inputs)
         with self.context.during(call):
             output = type(self.model).forward(self.model, *args, **kwargs)
         call.open = False
@@ -83,7 +94,37 @@ class Forward:
         cache = getattr(output, "past_key_values", None)
         if call.kept is not None and cache is not None:
             cache.coterie = call.kept
+            if -2 in call.kept and not call.continues:
+                Twin.follow(cache, call.kept[-2])
         return self._with_losses(output, call, inputs)
+
+    def _decide_before(self, call: Call, inputs: dict[str, Any]) -> None:
+        """X-LoRA: a pass without experts, whose last hidden states give the gates of the pass with them."""
+        frozen = self.routing.pool == "prompt"
+        if frozen and call.continues:
+            assert call.kept is not None
+            call.gates = repeated(call.kept[-3], call.batch)
+            return
+        from transformers import DynamicCache
+
+        model, cache = self.model, None
+        if call.kept is not None and not frozen:
+            cache = call.kept.setdefault(-2, DynamicCache(config=model.config.get_text_config()))
+        base = getattr(model, model.base_model_prefix, model)
+        run = partial(type(model).forward, model) if base is model else base
+        accepted = inspect.signature(base.forward).parameters
+        taken = ("past_key_values", "use_cache", "return_dict", *ARGUMENTS)
+        given = {name: value for name, value in inputs.items() if name in accepted and name not in taken}
+        if "past_key_values" in accepted:
+            given |= {"past_key_values": cache, "use_cache": cache is not None}
+        before = replace(call, off=True, training=False, kept=None)
+        with torch.no_grad(), self.context.during(before):
+            hidden = run(**given, return_dict=True)[0]
+        call.gates = model.coterie_router(hidden)
+        if frozen and call.prompt is not None:
+            call.gates, last = freeze(call.gates, call.prompt)
+            if call.kept is not None:
+                call.kept[-3] = last.detach()
 
     def _disagreement(self, output: Any, call: Call, labels: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor:
         """Half the symmetric KL divergence from a second pass, with other choices (arXiv:2205.12410, equation 5)."""
@@ -119,6 +160,9 @@ class Forward:
             call.valid = mask[:, -tokens:].bool()
         if self.causal and self.routing.pool in ("prompt", "segment"):
             self._prompt(call, inputs, main, prompt_lengths)
+        elif self.causal and self.routing.score == "prepass" and not self.model.training:
+            self._continue(call, inputs)
+            call.kept = {} if call.kept is None else call.kept
         if self.routing.score == "hash" and encoded is not None:
             call.key = repeated(encoded.coterie, len(main))  # of what the encoder read
         elif self.routing.score == "hash" and call.key is None:
@@ -142,17 +186,7 @@ class Forward:
     def _prompt(self, call: Call, inputs: dict[str, Any], main: Tensor, lengths: Tensor | None) -> None:
         """Which tokens the decision may read; or that the call goes on from one that was made."""
         cache, labels = inputs.get("past_key_values"), inputs.get("labels")
-        past = 0 if cache is None else int(cache.get_seq_length())
-        if past:
-            call.kept = getattr(cache, "coterie", None)
-            if call.kept is None:
-                raise CoterieError(
-                    "the cache was not filled by this mixture, and holds no decision for its prompt",
-                    "past_key_values",
-                    "start from the prompt",
-                )
-            call.continues = True
-            call.key = repeated(call.kept[-1], len(main)) if -1 in call.kept else None
+        if self._continue(call, inputs):
             return
         valid = (
             call.valid if call.valid is not None else torch.ones(main.shape[:2], dtype=torch.bool, device=main.device)
@@ -176,6 +210,45 @@ class Forward:
             )
         if not self.model.training:
             call.kept = {}
+
+    @staticmethod
+    def _continue(call: Call, inputs: dict[str, Any]) -> bool:
+        """Whether the call goes on from a cache; then with what was decided before."""
+        cache = inputs.get("past_key_values")
+        if cache is None or not int(cache.get_seq_length()):
+            return False
+        call.kept = getattr(cache, "coterie", None)
+        if call.kept is None:
+            raise CoterieError(
+                "the cache was not filled by this mixture, and holds no decision for its prompt",
+                "past_key_values",
+                "start from the prompt",
+            )
+        call.continues = True
+        call.key = repeated(call.kept[-1], call.batch) if -1 in call.kept else None
+        return True
+
+    def _before_fused(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """TRL's trainers put a forward of theirs in this one's place, which calls the base model and makes no loss."""
+        if not kwargs.get("fused_lm_head"):
+            return None
+        own = {name: kwargs.pop(name) for name in ARGUMENTS if name in kwargs}
+        call = self._begin(kwargs, own.get("task_ids"), own.get("prompt_lengths"))
+        if call.training:
+            _carry(self.model, self.context)
+        block = self.context.during(call)
+        block.__enter__()
+        module.__dict__["_coterie_fused"] = block, call
+        return args, kwargs
+
+    def _after_fused(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        block, call = module.__dict__.pop("_coterie_fused", (None, None))
+        if block is None:
+            return
+        block.__exit__(None, None, None)
+        call.open = False
+        if output is not None and (call.losses or call.policies):
+            self._leave(output["log_probs"], call)
 
     def _before_encoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """`generate` calls the encoder by itself: that is a call of its own."""
@@ -202,7 +275,7 @@ class Forward:
                 self._leave(output["logits"] if named and "logits" in output else output[0], call)
             return output
         loss = output["loss"] if named else output[0]
-        total = loss + self.losses(call, output["logits"] if named else output[1], labels).to(loss)
+        total = loss + self.losses(call, self.example_losses(call, output, labels)).to(loss)
         items = inputs.get("num_items_in_batch")
         if items is not None:  # a part of the mean over all labels of an optimiser's step
             count = self.counted(labels)
@@ -212,23 +285,35 @@ class Forward:
             return output
         return (total, *output[1:])
 
-    def losses(self, call: Call, logits: Tensor | None, labels: Tensor | None) -> Tensor:
+    def losses(self, call: Call, examples: Tensor | None) -> Tensor:
         """The sum of the routers' losses of a call, each term the mean over layers.
 
+        Args:
+            call: that ran in training.
+            examples: (batch,) each example's own loss, for routers that learn from it.
+
         Raises:
-            CoterieError: they learn from a reward, and there are no labels.
+            CoterieError: they do, and it is not known.
         """
         terms = {name: torch.stack(each).mean() for name, each in call.losses.items()}
         if call.policies:
-            if logits is None or labels is None:
+            if examples is None:
                 raise CoterieError(
-                    "the routers learn from each example's loss, and there are no labels",
+                    "the routers learn from each example's loss, and it is not known",
                     "forward",
-                    "pass labels with the batch, or to model.coterie.losses(logits, labels)",
+                    "pass labels with the batch, or to model.coterie.losses(output, labels)",
                 )
-            terms |= reward(call, example_losses(logits, labels, self.causal), self.routing.losses)
+            terms |= reward(call, examples, self.routing.losses)
         self.context.last_losses = {name: term.detach() for name, term in terms.items()}
         return torch.stack(list(terms.values())).sum() if terms else torch.zeros((), device=call.device)
+
+    def example_losses(self, call: Call, output: Any, labels: Tensor | None) -> Tensor | None:
+        """(batch,) each example's own loss, where routers learn from it and the labels are known."""
+        if not call.policies or labels is None:
+            return None
+        if isinstance(output, dict) and output.get("log_probs") is not None:
+            return -output["log_probs"].sum(1) / output["label_mask"].sum(1).clamp(min=1)
+        return example_losses(output["logits"] if isinstance(output, dict) else output[1], labels, self.causal)
 
     def counted(self, labels: Tensor) -> Tensor:
         """How many labels the mean of the model's loss is over."""
@@ -251,6 +336,26 @@ class Forward:
                 )
 
         logits.register_hook(tell)
+
+
+class Twin:
+    """A method of a KV cache that its twin, of the pass without experts, goes through as well."""
+
+    METHODS = ("reorder_cache", "crop", "batch_repeat_interleave", "batch_select_indices", "reset")
+
+    def __init__(self, cache: Any, twin: Any, name: str):
+        self.cache, self.twin, self.name = cache, twin, name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        getattr(type(self.twin), self.name)(self.twin, *args, **kwargs)
+        return getattr(type(self.cache), self.name)(self.cache, *args, **kwargs)
+
+    @classmethod
+    def follow(cls, cache: Any, twin: Any) -> None:
+        """Let the twin follow whatever is done to a cache."""
+        for name in cls.METHODS:
+            if hasattr(cache, name):
+                setattr(cache, name, cls(cache, twin, name))
 
 
 class _Carried:

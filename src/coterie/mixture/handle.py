@@ -99,12 +99,12 @@ class Handle:
         """Are called with (layer, gates (..., candidates)) by each mixture layer of a call."""
         return self._context.recorders
 
-    def losses(self, logits: torch.Tensor | None = None, labels: torch.Tensor | None = None) -> torch.Tensor:
+    def losses(self, output: Any = None, labels: torch.Tensor | None = None) -> torch.Tensor:
         """The routers' losses of the last training call, for a loss of one's own; a call with labels has added them.
 
         Args:
-            logits, labels: of that call, where routers learn from a reward: (batch, classes) or (batch, tokens,
-                vocabulary), and class numbers (batch,) or (batch, tokens), -100 where none counts.
+            output, labels: that call's output, and class numbers (batch,) or (batch, tokens), -100 where none counts;
+                only for routers that learn from a reward.
 
         Returns:
             A scalar, zero where there are none.
@@ -112,7 +112,7 @@ class Handle:
         call, self._context.untaken = self._context.untaken, None
         if call is None or self._forward is None:
             return next(self._model.parameters()).new_zeros(())
-        return self._forward.losses(call, logits, labels)
+        return self._forward.losses(call, self._forward.example_losses(call, output, labels))
 
     @property
     def head(self) -> str:

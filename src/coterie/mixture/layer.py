@@ -74,7 +74,8 @@ class _Mixture(nn.Module):
     def _forward_trained(self, x: torch.Tensor) -> torch.Tensor:
         """Of routers that know the call, and of experts that are no deltas of the weight."""
         y = super().forward(x)
-        if self.context.weights is not None and not any(self.context.weights):
+        call = self.context.call
+        if (call is not None and call.off) or (self.context.weights is not None and not any(self.context.weights)):
             return cast(torch.Tensor, y)
         bank, context = self.bank, self.context
         read = y if bank.shape.after else x
@@ -274,16 +275,20 @@ def add_experts(
         own = getattr(bank, name)
         own.data = tensor.to(own)
     mixture.bank = bank
-    width = bank.width if read is None or routing.by_token or routing.combine == "slots" else read
-    mixture.router = routing.router(
-        width, shape.experts, experts or bank.experts, layer.weight.device, layer.weight.dtype
-    )
-    mixture.router.train(layer.training)
     mixture.context, mixture.siblings, mixture._merged = Context(), None, Derived()
     mixture.index, mixture.decodes = 0, False
-    simple = bank.linear and not shape.norm and not shape.dropout
-    mixture._plain = simple and routing.by_token and mixture.router.score.reads == "rows"
+    route(mixture, routing, read, bank.experts if experts is None else experts)
     return mixture
+
+
+def route(layer: Any, routing: Routing, read: int | None, experts: int) -> None:
+    """Give a mixture layer a router, its values undefined; arguments as of `add_experts`."""
+    bank, weight = layer.bank, layer.weight
+    width = bank.width if read is None or routing.by_token or routing.combine == "slots" else read
+    layer.router = routing.router(width, bank.shape.experts, experts, weight.device, weight.dtype)
+    layer.router.train(layer.training)
+    simple = bank.linear and not bank.shape.norm and not bank.shape.dropout
+    layer._plain = simple and routing.by_token and layer.router.score.reads == "rows"
 
 
 def replace(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -34,6 +34,10 @@ def add_pooled(layer: Any, x: Tensor, y: Tensor) -> Tensor:
     routing = layer.router.routing
     if routing.combine == "slots":
         part, gates = _slots(layer, rows, call)
+    elif call.gates is not None:
+        gates = _of_tokens(layer.router.score(call, layer.index), rows, _valid(layer, rows, call))
+        gates = gates[..., list(layer.bank.shape.experts)]
+        part = _mix(layer.bank, rows, gates)
     elif routing.pool == "token" and layer.context.weights is None and layer.context.gates is None:
         decision = _read(layer, rows.flatten(0, 1), _counted(layer, rows, call), call)
         gates = decision.gates().view(*rows.shape[:2], -1)
@@ -60,6 +64,22 @@ def apply(bank: Bank, x: Tensor, decision: Decision, combine: str) -> Tensor:
         z = bank.project(flat)
         return stacked(bank, flat, z, spread, zero).view(*x.shape[:-1], -1)
     return grouped(bank, flat, spread, zero).view(*x.shape[:-1], -1)
+
+
+def _mix(bank: Bank, x: Tensor, gates: Tensor) -> Tensor:
+    """Outputs mixed by gates (batch, tokens, E)."""
+    flat = x.flatten(0, 1)
+    zero = flat.new_zeros(len(flat), bank.up.shape[-1])
+    decision = Decision(bank.experts, None, gates.flatten(0, 1))
+    return stacked(bank, flat, bank.project(flat), decision, zero).view(*x.shape[:2], -1)
+
+
+def _of_tokens(gates: Tensor, rows: Tensor, valid: Tensor | None) -> Tensor:
+    """Gates (batch, tokens, E) for a layer's rows: those that see one vector an example take the mean."""
+    if gates.shape[1] == rows.shape[1]:
+        return gates
+    counted = valid if valid is not None and valid.shape == gates.shape[:2] else None
+    return masked_mean(gates, counted)[:, None].expand(-1, rows.shape[1], -1)
 
 
 def factors(bank: Bank, x: Tensor, decision: Decision) -> Tensor:
@@ -215,10 +235,7 @@ def _segments(layer: Any, rows: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         belongs = torch.where(valid & ~prompt & has, torch.full_like(belongs, count), belongs)
     per_token = gates.gather(1, belongs[..., None].expand(-1, -1, gates.shape[-1]))
     if routing.combine == "outputs":
-        flat = rows.flatten(0, 1)
-        decision = Decision(bank.experts, None, per_token.flatten(0, 1))
-        zero = flat.new_zeros(len(flat), bank.up.shape[-1])
-        return stacked(bank, flat, bank.project(flat), decision, zero).view(batch, tokens, -1), per_token
+        return _mix(bank, rows, per_token), per_token
     # Each segment as a row of its own: tokens go to (segment, place in it) and back.
     segments = gates.shape[1]
     place = (belongs[:, :, None] == torch.arange(segments, device=rows.device)).cumsum(1)

@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import CoterieError
 from ..experts.bank import BankShape
 from ..experts.masked import shape_from_dict
+from ..routing.prepass import Classifier
 from ..routing.router import Routing
 from .forward import decoder_path
 from .heads import per_expert
-from .layer import add_experts, replace
+from .layer import add_experts, replace, route
 
 FORMAT = 1
 
@@ -93,14 +95,40 @@ def insert(model: nn.Module, spec: MixtureSpec, tensors: dict[str, dict[str, Any
         spec: the mixture's structure.
         tensors: module path -> the bank's parameters; None leaves them to the loader.
     """
-    decoder = decoder_path(model)
-    encoded = None if decoder is None else model.get_encoder().config.hidden_size  # type: ignore[operator]
+    widths = _read_widths(model, spec)
     for path, shape in spec.layers.items():
         given = tensors[path] if tensors is not None else None
-        # a decoder's routers read the encoder's states, where they decide by example
-        read = encoded if decoder is not None and path.startswith(f"{decoder}.") else None
-        replace(
-            model, path, add_experts(model.get_submodule(path), shape, spec.routing, given, read, len(spec.experts))
-        )
+        layer = add_experts(model.get_submodule(path), shape, spec.routing, given, widths.get(path), len(spec.experts))
+        replace(model, path, layer)
+    _add_prepass(model, spec)
     for path, head in spec.heads.items():
         replace(model, path, per_expert(model.get_submodule(path), head.owners, head.shapes))
+
+
+def reroute(model: nn.Module, spec: MixtureSpec) -> None:
+    """Give a mixture's layers the routers that a spec says, their values undefined; the experts stay."""
+    widths = _read_widths(model, spec)
+    for path in spec.layers:
+        route(model.get_submodule(path), spec.routing, widths.get(path), len(spec.experts))
+    _add_prepass(model, spec)
+
+
+def _read_widths(model: Any, spec: MixtureSpec) -> dict[str, int]:
+    """Of a decoder's layers, the width of the encoder's states, which their routers read where they decide by example."""
+    decoder = decoder_path(model)
+    if decoder is None:
+        return {}
+    width = model.get_encoder().config.hidden_size
+    return {path: width for path in spec.layers if path.startswith(f"{decoder}.")}
+
+
+def _add_prepass(model: Any, spec: MixtureSpec) -> None:
+    """The classifier of a mixture whose experts are weighed by a pass of the whole model."""
+    if spec.routing.score != "prepass":
+        return
+    options = dict(spec.routing.score_options)
+    layers = len(spec.layers) if options.pop("layerwise") else 1
+    weight = next(iter(model.parameters()))
+    with torch.device(weight.device):
+        router = Classifier(model.config.get_text_config().hidden_size, len(spec.experts), layers, **options)
+    model.add_module("coterie_router", router.to(weight.dtype))

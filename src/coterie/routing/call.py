@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,10 @@ class Call:
         tasks: (batch,) int64, each example's task; None where none was given.
         key: (batch,) int64, a hash of each example's content; None where no router asks for it.
         encoder: (batch, d), the masked mean of the encoder's final hidden states.
+        gates: (batch, tokens, layers or 1, E), decided by a pass of the whole model before.
+        off: whether the experts are switched off: this is that pass.
         kept: decisions that outlive the call, by layer, beside the KV cache: gates (batch, E); None without a cache.
+            Under negative numbers: -1 `key`, -2 the cache of the pass before, -3 its gates.
         continues: whether the call goes on from a cache that holds decisions.
         losses: name -> one weighted term for each layer, added to the model's loss.
         policies: sampled choices that wait for their reward.
@@ -55,7 +59,9 @@ class Call:
     tasks: Tensor | None = None
     key: Tensor | None = None
     encoder: Tensor | None = None
-    kept: dict[int, Tensor] | None = None
+    gates: Tensor | None = None
+    off: bool = False
+    kept: dict[int, Any] | None = None
     continues: bool = False
     losses: dict[str, list[Tensor]] = field(default_factory=dict)
     policies: list[Policy] = field(default_factory=list)

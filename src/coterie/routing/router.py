@@ -19,6 +19,7 @@ from .gumbel import Gumbel
 from .known import Hash, Level, Skills, Task
 from .linear import Linear, Soft
 from .pooling import Pool
+from .prepass import Prepass
 from .reinforce import Reinforce
 from .select import First, Given, Softmax, TopK
 from .tag import Tag
@@ -38,6 +39,7 @@ SCORES: dict[str, Any] = {
     "skills": Skills,
     "hash": Hash,
     "level": Level,
+    "prepass": Prepass,
 }
 SELECTIONS: dict[str, Any] = {
     "top_k": TopK,

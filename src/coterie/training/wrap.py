@@ -20,7 +20,7 @@ from ..mixture.handle import attach
 from ..mixture.layer import is_mixture, widths
 from ..mixture.probe import probe
 from ..mixture.sites import choose_sites, outside_base
-from ..mixture.spec import MixtureSpec, insert
+from ..mixture.spec import MixtureSpec, insert, reroute
 from ..recipe import Modules
 from .checkpoints import SavePretrained
 
@@ -116,8 +116,10 @@ def wrap(model: Any, config: MixtureConfig | None = None, train: Part = "all") -
 
     Args:
         model: a model, which stays as it is: the mixture's frozen parameters share its memory. Or a mixture (built, or
-            loaded), whose routers and experts are to be trained further; a layer's routing then has rows of its own.
-        config: what to put into a model; None for a mixture.
+            loaded), whose routers and experts are to be trained further.
+        config: what to put into a model. For a mixture, None trains it as it is (routers that read the experts' own
+            rows get rows of their own, if only one of the two is trained); a config puts its method's routers in place
+            of the mixture's, and leaves its experts as they are.
         train: which part learns: experts, routers, or all.
 
     Returns:
@@ -128,18 +130,16 @@ def wrap(model: Any, config: MixtureConfig | None = None, train: Part = "all") -
         CoterieError: an unknown method or layer, a rank or number out of range, or routing that would look ahead.
     """
     made = is_a_mixture(model)
-    if made == (config is not None):
-        raise CoterieError(
-            "is a mixture already" if made else "has no experts yet",
-            "coterie.wrap",
-            "leave the config out" if made else "give a MixtureConfig",
-        )
+    if not made and config is None:
+        raise CoterieError("has no experts yet", "coterie.wrap", "give a MixtureConfig")
     if train not in ("all", "experts", "routers"):
         raise CoterieError(f"train is {train!r}", "coterie.wrap", "known: all, experts, routers")
-    if config is None:
-        mixture = _own_routing(_shared_copy(model), train)
+    if made:
+        copied = _shared_copy(model)
+        mixture = _own_routing(copied, train) if config is None else _rerouted(copied, config)
         also = {name for name, _ in model.named_parameters() if _inside(name, model.coterie.spec.heads)}
     else:
+        assert config is not None
         also = _also(model, config.also_train)
         mixture = _fresh(model, config)
     for name, parameter in mixture.named_parameters():
@@ -195,9 +195,40 @@ def _fresh(model: Any, config: MixtureConfig) -> Any:
     insert(mixture, spec)
     generator = torch.Generator().manual_seed(config.seed)
     with torch.no_grad():
-        for layer in (mixture.get_submodule(path) for path in paths):
-            kind.reset(layer.bank, generator)
-            layer.router.reset(generator)
+        for path in paths:
+            kind.reset(mixture.get_submodule(path).bank, generator)
+    return _with_fresh_routers(mixture, spec, generator)
+
+
+def _rerouted(mixture: Any, config: MixtureConfig) -> Any:
+    """A mixture with its experts and the routers of another method, fresh."""
+    before = mixture.coterie.spec
+    name, parameters, assembly = config.model_copy(update={"experts": before.experts}).assemble()
+    spec = replace(before, method=name, parameters=parameters, routing=assembly.routing, layers={}, siblings=[])
+    for path, shape in before.layers.items():
+        bank = mixture.get_submodule(path).bank
+        if not bank.linear or bank.whole:
+            raise CoterieError(
+                "its experts are masks or adapters with routers of their own kind", path, "train it as it is"
+            )
+        if assembly.routing.combine == "factors" and len(set(shape.ranks or (0, 1))) > 1:
+            raise CoterieError(
+                f"its experts' ranks are {list(shape.forms)}, and {name} averages their factors",
+                path,
+                "build it with one rank, or choose a method that mixes outputs",
+            )
+        bank._parameters.pop("gate", None)
+        spec.layers[path] = bank.shape = replace(shape, gate_rank=0, gate=False)
+    reroute(mixture, spec)
+    return _with_fresh_routers(mixture, spec, torch.Generator().manual_seed(config.seed))
+
+
+def _with_fresh_routers(mixture: Any, spec: MixtureSpec, generator: torch.Generator) -> Any:
+    with torch.no_grad():
+        for path in spec.layers:
+            mixture.get_submodule(path).router.reset(generator)
+        if spec.routing.score == "prepass":
+            mixture.coterie_router.reset(generator)
     attach(mixture, spec)
     return mixture
 
