@@ -23,5 +23,5 @@ def assemble(
     """One expert and no router."""
     return Mixture(
         experts=Fresh(rank, expert, alpha, stabilised, dropout),
-        routing=Routing(score="subspace_energy", select="top_k", k=1),
+        routing=Routing(score="level", select="given", pool="task"),
     )

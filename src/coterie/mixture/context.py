@@ -41,6 +41,7 @@ class Context:
     untaken: Call | None = None
     told: bool = False
     _calls: dict[int, Call] = field(default_factory=dict)
+    _blocks: dict[int, Any] = field(default_factory=dict)
 
     @property
     def call(self) -> Call | None:
@@ -66,8 +67,20 @@ class Context:
             else:
                 self._calls[thread] = before
 
+    def enter(self, call: Call) -> None:
+        """As `during`, for hooks: until this thread leaves."""
+        block = self._blocks[threading.get_ident()] = self.during(call)
+        block.__enter__()
+
+    def leave(self) -> bool:
+        """Whether this thread had entered a call by a hook; that is over."""
+        block = None if torch.compiler.is_compiling() else self._blocks.pop(threading.get_ident(), None)
+        if block is not None:
+            block.__exit__(None, None, None)
+        return block is not None
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "compiled_call": None, "untaken": None, "_calls": {}}
+        return {**self.__dict__, "compiled_call": None, "untaken": None, "_calls": {}, "_blocks": {}}
 
     def given(self, leading: torch.Size, candidates: tuple[int, ...], device: torch.device) -> Decision:
         """The decision that was given from outside, for a layer's tokens.

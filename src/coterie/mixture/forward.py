@@ -15,6 +15,8 @@ from torch.nn import functional as F
 
 from ..errors import CoterieError
 from ..routing.call import Call, repeated
+from ..routing.gumbel import Gumbel
+from ..routing.known import Skills, Task
 from ..routing.pooling import masked_mean
 from ..routing.prepass import freeze
 from ..routing.router import SCORES
@@ -57,12 +59,25 @@ class Forward:
             raise CoterieError(
                 "its router reads the hidden states of one stack, and an encoder-decoder has two", "method", "use smear"
             )
-        model.register_forward_pre_hook(self._before_fused, with_kwargs=True)
-        model.register_forward_hook(self._after_fused, with_kwargs=True, always_call=True)
+        modules = list(model.modules())
+        self._annealed = [module for module in modules if isinstance(module, Gumbel)]
+        self._tasks = next((module.tasks for module in modules if isinstance(module, (Skills, Task))), None)
+        self._hooks = [
+            model.register_forward_pre_hook(self._before_fused, with_kwargs=True),
+            model.register_forward_hook(self._after_fused, with_kwargs=True, always_call=True),
+        ]
         self._encoder = model.get_encoder() if _is_seq2seq(model) else None
         if self._encoder is not None:
-            self._encoder.register_forward_pre_hook(self._before_encoder, with_kwargs=True)
-            self._encoder.register_forward_hook(self._after_encoder)
+            self._hooks += [
+                self._encoder.register_forward_pre_hook(self._before_encoder, with_kwargs=True),
+                self._encoder.register_forward_hook(self._after_encoder, always_call=True),
+            ]
+
+    def remove(self) -> None:
+        """Give the model its own forward back."""
+        for hook in self._hooks:
+            hook.remove()
+        del self.model.forward
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -80,9 +95,8 @@ class Forward:
         if isinstance(inputs.get("labels"), Tensor):
             kwargs.pop("num_items_in_batch", None)  # not every architecture heeds it: see _with_losses
         call = self._begin(inputs, task_ids, prompt_lengths)
-        if call.training and not torch.compiler.is_compiling():
-            _carry(self.model, self.context)
-        if self.routing.score == "prepass" and self.context.weights is None and self.context.gates is None:
+        self._start(call)
+        if self.routing.score == "prepass" and not self._decided:
             self._decide_before(call, inputs)
         with self.context.during(call):
             output = type(self.model).forward(self.model, *args, **kwargs)
@@ -90,13 +104,26 @@ class Forward:
         if call.training and "consistency" in self.routing.losses and isinstance(inputs.get("labels"), Tensor):
             again = self._begin(inputs, task_ids, prompt_lengths)
             apart = self._disagreement(output, again, inputs["labels"], args, kwargs)
-            call.add("consistency", self.routing.losses["consistency"] * apart)
+            call.losses["consistency"] = [self.routing.losses["consistency"] * apart]
         cache = getattr(output, "past_key_values", None)
         if call.kept is not None and cache is not None:
             cache.coterie = call.kept
             if -2 in call.kept and not call.continues:
                 Twin.follow(cache, call.kept[-2])
         return self._with_losses(output, call, inputs)
+
+    def _start(self, call: Call) -> None:
+        if not call.training:
+            return
+        for select in self._annealed:
+            select.step += 1
+        if not torch.compiler.is_compiling():
+            _carry(self.model, self.context)
+
+    @property
+    def _decided(self) -> bool:
+        """Whether the answering experts were named from outside."""
+        return self.context.weights is not None or self.context.gates is not None
 
     def _decide_before(self, call: Call, inputs: dict[str, Any]) -> None:
         """X-LoRA: a pass without experts, whose last hidden states give the gates of the pass with them."""
@@ -145,43 +172,61 @@ class Forward:
         if main is None:
             raise CoterieError("the call has no input", "forward", f"give one of {', '.join(INPUTS)}")
         training = self.model.training and torch.is_grad_enabled()
-        call = Call(len(main), main.device, training, tasks=self._tasks(task_ids, len(main)))
+        call = Call(len(main), main.device, training, tasks=self._tasks_of(task_ids, main))
+        labels = inputs.get("labels")
+        if isinstance(labels, Tensor):
+            check_classes(self.model, labels)
         mask = inputs.get("attention_mask")
         mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
         tokens = main.shape[1] if main.ndim > 1 else 1
         if self._encoder is not None:
-            call.valid = None if mask is None else mask.bool()
+            call.valid = None if mask is None else _unless_all(mask.bool())
             own = inputs.get("decoder_attention_mask")
             if isinstance(own, Tensor) and decoded is not None:
                 call.decoder_valid = own[:, -decoded.shape[1] :].bool()
+            elif isinstance(labels, Tensor) and labels.ndim == 2:
+                call.decoder_valid = labels != -100
             if encoded is not None:
-                call.encoder = masked_mean(encoded[0], call.valid)
+                call.encoder = mean_of(encoded[0], call.valid)
         elif mask is not None:
-            call.valid = mask[:, -tokens:].bool()
-        if self.causal and self.routing.pool in ("prompt", "segment"):
+            call.valid = _unless_all(mask[:, -tokens:].bool())
+        if self.causal and self.routing.pool in ("prompt", "segment") and not self._decided:
             self._prompt(call, inputs, main, prompt_lengths)
         elif self.causal and self.routing.score == "prepass" and not self.model.training:
             self._continue(call, inputs)
             call.kept = {} if call.kept is None else call.kept
         if self.routing.score == "hash" and encoded is not None:
-            call.key = repeated(encoded.coterie, len(main))  # of what the encoder read
+            call.key = self._encoded_key(encoded, len(main))
         elif self.routing.score == "hash" and call.key is None:
             call.key = content_hash(main, call.prompt if self.causal else call.valid)
             if call.kept is not None:
                 call.kept[-1] = call.key
         return call
 
-    def _tasks(self, task_ids: Tensor | None, batch: int) -> Tensor | None:
+    @staticmethod
+    def _encoded_key(encoded: Any, batch: int) -> Tensor:
+        """The hash of what the encoder read."""
+        if not hasattr(encoded, "coterie"):
+            raise CoterieError(
+                "the routers go by what the encoder read, and these states were not made by this mixture's",
+                "encoder_outputs",
+                "pass what model.get_encoder()(...) returns, or the encoder's inputs",
+            )
+        return repeated(encoded.coterie, batch)
+
+    def _tasks_of(self, task_ids: Tensor | None, main: Tensor) -> Tensor | None:
         if task_ids is None:
             return None
-        task_ids = torch.as_tensor(task_ids)
-        if task_ids.shape != (batch,) or task_ids.is_floating_point():
-            raise CoterieError(
-                f"task_ids has shape {tuple(task_ids.shape)} and dtype {task_ids.dtype}",
-                "forward",
-                f"give ({batch},) int64",
-            )
-        return task_ids.long()
+        tasks = _by_example("task_ids", task_ids, main)
+        if self._tasks is not None and not torch.compiler.is_compiling():
+            low, high = tasks.min().item(), tasks.max().item()
+            if low < 0 or high >= self._tasks:
+                raise CoterieError(
+                    f"task_ids go from {low} to {high}, and there are {self._tasks} tasks",
+                    "task_ids",
+                    f"number tasks from 0 to {self._tasks - 1}, or wrap with more",
+                )
+        return tasks
 
     def _prompt(self, call: Call, inputs: dict[str, Any], main: Tensor, lengths: Tensor | None) -> None:
         """Which tokens the decision may read; or that the call goes on from one that was made."""
@@ -192,7 +237,7 @@ class Forward:
             call.valid if call.valid is not None else torch.ones(main.shape[:2], dtype=torch.bool, device=main.device)
         )
         if lengths is not None:
-            call.prompt = valid & (valid.cumsum(1) <= torch.as_tensor(lengths, device=main.device)[:, None])
+            call.prompt = valid & (valid.cumsum(1) <= _by_example("prompt_lengths", lengths, main)[:, None])
         elif isinstance(labels, Tensor):
             call.prompt = valid & ((labels != -100).cumsum(1) == 0)
             if self.routing.pool == "segment" and not bool(call.prompt.any()):
@@ -208,7 +253,7 @@ class Forward:
                 "pass prompt_lengths=(batch,), each at least 1, or labels that are -100 on the prompt; "
                 "`generate` needs neither",
             )
-        if not self.model.training:
+        if not call.training:
             call.kept = {}
 
     @staticmethod
@@ -234,8 +279,9 @@ class Forward:
             return None
         own = {name: kwargs.pop(name) for name in ARGUMENTS if name in kwargs}
         call = self._begin(kwargs, own.get("task_ids"), own.get("prompt_lengths"))
-        if call.training:
-            _carry(self.model, self.context)
+        self._start(call)
+        if self.routing.score == "prepass" and not self._decided:
+            self._decide_before(call, kwargs)
         block = self.context.during(call)
         block.__enter__()
         module.__dict__["_coterie_fused"] = block, call
@@ -254,19 +300,19 @@ class Forward:
         """`generate` calls the encoder by itself: that is a call of its own."""
         own = {name: kwargs.pop(name) for name in ARGUMENTS if name in kwargs}
         if self.context.call is None:
-            call = self._begin({**kwargs, **({INPUTS[0]: args[0]} if args else {})}, own.get("task_ids"), None)
-            module.__dict__["_coterie_call"] = self.context.during(call)
-            module.__dict__["_coterie_call"].__enter__()
+            inputs = {**kwargs, **({INPUTS[0]: args[0]} if args else {})}
+            self.context.enter(self._begin(inputs, own.get("task_ids"), None))
         return args, kwargs
 
     def _after_encoder(self, module: nn.Module, args: Any, output: Any) -> None:
-        block, call = module.__dict__.pop("_coterie_call", None), self.context.call
-        if call is not None and call.key is not None:
+        call = self.context.call
+        alone = self.context.leave()
+        if call is None or output is None:  # it broke off
+            return
+        if call.key is not None:
             output.coterie = call.key
-        if block is not None:
-            block.__exit__(None, None, None)
-        elif call is not None:
-            call.encoder = masked_mean(output[0], call.valid)
+        if not alone:
+            call.encoder = mean_of(output[0], call.valid)
 
     def _with_losses(self, output: Any, call: Call, inputs: dict[str, Any]) -> Any:
         named, labels = isinstance(output, dict), inputs.get("labels")
@@ -384,9 +430,51 @@ def _carry(model: nn.Module, context: Context) -> None:
             module._gradient_checkpointing_func = _Carried(context, run)  # type: ignore[assignment]
 
 
+def mean_of(states: Tensor, valid: Tensor | None) -> Tensor:
+    """The mean of an encoder's states (batch, tokens, d) that count; of all, where the mask is of other tokens."""
+    return masked_mean(states, valid if valid is not None and valid.shape == states.shape[:2] else None)
+
+
+def check_classes(model: Any, labels: Tensor) -> None:
+    """Refuse labels that no class has, which would end in a bare index error.
+
+    Raises:
+        CoterieError: there are such.
+    """
+    classes = model.config.num_labels if type(model).__name__.endswith("Classification") else 1
+    # on a GPU, the look would wait for the device
+    if classes < 2 or labels.is_floating_point() or not labels.is_cpu or torch.compiler.is_compiling():
+        return
+    wrong = labels[(labels != -100) & ((labels < 0) | (labels >= classes))]
+    if len(wrong):
+        raise CoterieError(
+            f"label {int(wrong[0])} is none of {classes} classes", "labels", f"number them from 0 to {classes - 1}"
+        )
+
+
+def _by_example(name: str, values: Any, main: Tensor) -> Tensor:
+    """(batch,) int64, a number for each example.
+
+    Raises:
+        CoterieError: another shape or dtype.
+    """
+    values = torch.as_tensor(values, device=main.device)
+    if values.shape != (len(main),) or values.is_floating_point():
+        raise CoterieError(
+            f"{name} has shape {tuple(values.shape)} and dtype {values.dtype}", "forward", f"give ({len(main)},) int64"
+        )
+    return values.long()
+
+
 def _is_seq2seq(model: Any) -> bool:
     config = getattr(model, "config", None)
     return bool(getattr(config, "is_encoder_decoder", False)) and hasattr(model, "get_encoder")
+
+
+def _unless_all(valid: Tensor) -> Tensor | None:
+    """None where all count, as far as that can be told without waiting for a device."""
+    told = valid.device.type == "cpu" and not torch.compiler.is_compiling() and bool(valid.all())
+    return None if told else valid
 
 
 def decoder_path(model: Any) -> str | None:

@@ -70,7 +70,10 @@ class Handle:
         for index, layer in enumerate(dict.fromkeys(self._layers)):
             layer.index = index
         self._forward: Forward | None = None
-        if not spec.routing.by_token or spec.routing.losses:
+        before: Handle | None = getattr(model, "coterie", None)
+        if before is not None and before._forward is not None:
+            before._forward.remove()
+        if spec.routing.by_call:
             self._forward = model.forward = Forward(model, self._context, spec.routing)
         for group in spec.siblings:
             members = [layers[path] for path in group if path in layers]

@@ -69,7 +69,10 @@ class _Mixture(nn.Module):
         weights, bank = self._constant(), self.bank
         if weights is None or not bank.linear or bank.shape.norm or (self.training and bank.shape.dropout):
             return False
-        return self.router.routing.combine == "outputs" or [w for w in weights if w] == [1.0]
+        combine = self.router.routing.combine
+        if combine == "slots" and self.context.weights is None:
+            return False  # an expert that is alone reads mixtures of tokens, too
+        return combine == "outputs" or [w for w in weights if w] == [1.0]
 
     def _forward_trained(self, x: torch.Tensor) -> torch.Tensor:
         """Of routers that know the call, and of experts that are no deltas of the weight."""

@@ -30,8 +30,24 @@ def read_light(
     import transformers
 
     source = base or (f"{named['id']}@{named['revision']}" if named["revision"] else named["id"])
+    if not source:
+        raise CoterieError(
+            "holds only what was trained, of a base that came from no directory",
+            str(location.path),
+            "say where the base is: coterie.load(DIR, base=PATH_OR_HUB_ID)",
+        )
     config = cls.config_class.from_pretrained(location.path)
     spec = dict(config.quantization_config)
+    own = Checkpoint.open(location)
+    beneath = (locate(source, token).json("config.json") or {}).get("quantization_config") or {}
+    if beneath.get("quant_method") == "coterie":  # a mixture that was trained further
+        config.quantization_config = {**spec, "base": None}
+        if beneath.get("base"):
+            tensors = read_light(locate(source, token), cls, beneath["base"], None, token)[1]
+        else:
+            whole = Checkpoint.open(locate(source, token))
+            tensors = {name: whole.read(name) for name in whole.tensors}
+        return config, tensors | {name: own.read(name) for name in own.tensors}
     plain = cls.config_class.from_pretrained(locate(source, token).path)
     plain.id2label, plain.label2id = config.id2label, config.label2id
     skeleton = Skeleton(getattr(transformers, cls.__name__), plain)
@@ -42,7 +58,6 @@ def read_light(
             str(location.path),
             "give the right one: coterie.load(DIR, base=PATH_OR_HUB_ID@REVISION)",
         )
-    own = Checkpoint.open(location)
     tensors = {name: own.read(name) for name in own.tensors}
     replaced = {skeleton.in_memory(name)[0] for name in tensors}
     for name in skeleton.tensors:

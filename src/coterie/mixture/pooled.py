@@ -32,25 +32,29 @@ def add_pooled(layer: Any, x: Tensor, y: Tensor) -> Tensor:
         )
     rows = _rows(x, call)
     routing = layer.router.routing
-    if routing.combine == "slots":
+    decided = layer.context.weights is not None or layer.context.gates is not None
+    if routing.combine == "slots" and not decided:
         part, gates = _slots(layer, rows, call)
     elif call.gates is not None:
         gates = _of_tokens(layer.router.score(call, layer.index), rows, _valid(layer, rows, call))
         gates = gates[..., list(layer.bank.shape.experts)]
         part = _mix(layer.bank, rows, gates)
-    elif routing.pool == "token" and layer.context.weights is None and layer.context.gates is None:
+    elif routing.pool == "token" and not decided:
         decision = _read(layer, rows.flatten(0, 1), _counted(layer, rows, call), call)
         gates = decision.gates().view(*rows.shape[:2], -1)
         part = token_factors(layer.bank, rows, gates)
-    elif routing.pool == "segment" and not layer.decodes and layer.context.weights is None:
+    elif routing.pool == "segment" and not layer.decodes and not decided:
         part, gates = _segments(layer, rows, call)
     else:
         decision = _decision(layer, rows, call)
         gates = _gates(decision)[:, None]
-        part = apply(layer.bank, rows, decision, routing.combine)
+        if routing.combine == "factors" and layer.bank.linear and y.ndim == rows.ndim and y.dtype == rows.dtype:
+            part, y = None, factors(layer.bank, rows, decision, y)  # the sum in the last product: no pass of its own
+        else:
+            part = apply(layer.bank, rows, decision, routing.combine)
     if layer.context.recorders:
         layer._record(gates.flatten(0, -2), gates.shape[:-1])
-    return y + layer.bank.after_mixing(part.to(y.dtype)).reshape(y.shape)
+    return y if part is None else y + layer.bank.after_mixing(part.to(y.dtype)).reshape(y.shape)
 
 
 def apply(bank: Bank, x: Tensor, decision: Decision, combine: str) -> Tensor:
@@ -82,13 +86,14 @@ def _of_tokens(gates: Tensor, rows: Tensor, valid: Tensor | None) -> Tensor:
     return masked_mean(gates, counted)[:, None].expand(-1, rows.shape[1], -1)
 
 
-def factors(bank: Bank, x: Tensor, decision: Decision) -> Tensor:
+def factors(bank: Bank, x: Tensor, decision: Decision, y: Tensor | None = None) -> Tensor:
     """One expert for each row, its parameters the gates' mean of all experts' (arXiv:2306.03745, section 3.1).
 
     Args:
         bank: experts of equal ranks.
         x: (batch, tokens, width).
         decision: gates (batch, E), or (batch, E, splits), of blocks of the dimensions.
+        y: (batch, tokens, d_out), is added to, in place; None for nothing.
     """
     gates = (decision.gates() if decision.index is not None else decision.weight).to(x.dtype)  # type: ignore[union-attr]
     ups = gates if decision.up is None else decision.up.to(x.dtype)
@@ -99,7 +104,8 @@ def factors(bank: Bank, x: Tensor, decision: Decision) -> Tensor:
         z = bank._phi(z + (first @ bank.down_bias.view(bank.experts, -1).to(x.dtype))[:, None])
     if bank.shape.scale != 1:
         z = z * bank.shape.scale
-    out = torch.bmm(z, _merged(bank.up, ups, bank.experts))
+    up = _merged(bank.up, ups, bank.experts)
+    out = torch.bmm(z, up) if y is None else y.baddbmm_(z, up)
     if bank.shape.bias:
         out = out + ((ups if ups.ndim == 2 else ups.mean(-1)) @ bank.bias.to(x.dtype))[:, None]
     return out

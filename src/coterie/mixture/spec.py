@@ -114,7 +114,7 @@ def reroute(model: nn.Module, spec: MixtureSpec) -> None:
 
 
 def _read_widths(model: Any, spec: MixtureSpec) -> dict[str, int]:
-    """Of a decoder's layers, the width of the encoder's states, which their routers read where they decide by example."""
+    """Of a decoder's layers, the width of the encoder's states, which routers read that decide by example."""
     decoder = decoder_path(model)
     if decoder is None:
         return {}
