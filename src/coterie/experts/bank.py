@@ -234,7 +234,7 @@ class Bank(nn.Module):
                 up = torch.cat([up, bias])
             if tokens is None:
                 return y.addmm_(z, up)
-            part = z @ up
+            part = (z @ up).to(y.dtype)  # autocast has a mind of its own
         return y.add_(part) if tokens is None else y.index_add_(0, tokens, part)
 
     def groupable(self, x: torch.Tensor) -> bool:

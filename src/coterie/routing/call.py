@@ -69,12 +69,12 @@ class Call:
 
     @property
     def learns(self) -> bool:
-        """Whether a layer's losses are wanted now.
+        """Whether a layer's losses are wanted now; also where it is computed anew, which takes the same steps.
 
         Raises:
             CoterieError: gradients are switched off within a call that wants them.
         """
-        if not (self.training and self.open):
+        if not self.training:
             return False
         if not torch.is_grad_enabled():
             raise CoterieError(
@@ -85,8 +85,14 @@ class Call:
         return True
 
     def add(self, name: str, term: Tensor) -> None:
-        """Add a layer's term of a loss."""
-        self.losses.setdefault(name, []).append(term)
+        """Add a layer's term of a loss, once."""
+        if self.open:
+            self.losses.setdefault(name, []).append(term)
+
+    def await_reward(self, policy: Policy) -> None:
+        """Note a layer's sampled choices, once."""
+        if self.open:
+            self.policies.append(policy)
 
 
 def repeated(rows: Tensor, batch: int) -> Tensor:

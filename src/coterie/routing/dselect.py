@@ -29,7 +29,7 @@ class DSelect(nn.Module):
 
     def __init__(self, width: int, experts: int, selectors: int = 1, gamma: float = 1.0):
         super().__init__()
-        bits = max(math.ceil(math.log2(experts)), 1)
+        bits = math.ceil(math.log2(experts))
         self.experts, self.gamma = experts, gamma
         self.bits = nn.Parameter(torch.empty(selectors, bits, width))
         self.mix = nn.Parameter(torch.empty(selectors, width))

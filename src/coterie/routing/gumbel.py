@@ -17,6 +17,10 @@ class Gumbel(nn.Module):
         temperature: T at first.
         anneal: T falls as `exp(-anneal * step)`.
         floor: the least T.
+
+    Attributes:
+        step: calls of the model in training, the present one included. The model's forward counts them, and not the
+            layer's, which gradient checkpointing repeats.
     """
 
     step: Tensor
@@ -36,13 +40,7 @@ class Gumbel(nn.Module):
         if not self.training:
             return Decision(experts, scores.argmax(-1, keepdim=True), None)
         noise = -torch.empty_like(scores).exponential_().clamp(min=1e-20).log()
-        temperature = (self.temperature * torch.exp(-self.anneal * self.step)).clamp(min=self.floor)
+        before = (self.step - 1).clamp(min=0)
+        temperature = (self.temperature * torch.exp(-self.anneal * before)).clamp(min=self.floor)
         probability, index = ((scores + noise) / temperature).softmax(-1).max(-1, keepdim=True)
-        return Decision(experts, index, 1 - probability.detach() + probability)
-
-    def loss(
-        self, read: Tensor, scores: Tensor, decision: Decision, valid: Tensor | None, call: object
-    ) -> dict[str, Tensor]:
-        """None; a step was made."""
-        self.step += 1
-        return {}
+        return Decision(experts, index, 1 + (probability - probability.detach()))

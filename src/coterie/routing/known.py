@@ -9,11 +9,11 @@ from ..errors import CoterieError
 from .call import Call
 
 
-def tasks_of(call: Call, tasks: int) -> Tensor:
+def tasks_of(call: Call) -> Tensor:
     """Each example's task, (batch,).
 
     Raises:
-        CoterieError: none was given, or there are not so many.
+        CoterieError: none was given.
     """
     if call.tasks is None:
         raise CoterieError(
@@ -30,6 +30,9 @@ class Task(nn.Module):
 
     Args:
         share: the expert of each task; None: one each.
+
+    Raises:
+        CoterieError: a task's expert does not exist.
     """
 
     reads = "call"
@@ -38,10 +41,17 @@ class Task(nn.Module):
         super().__init__()
         self.experts = experts
         self.share = list(range(experts)) if share is None else share
+        self.tasks = len(self.share)
+        if not self.share or not all(0 <= expert < experts for expert in self.share):
+            raise CoterieError(
+                f"share is {share} and there are {experts} experts",
+                "share",
+                f"name experts from 0 to {experts - 1}",
+            )
 
     def forward(self, call: Call, layer: int) -> Tensor:
         """Gates (batch, experts)."""
-        tasks = tasks_of(call, len(self.share))
+        tasks = tasks_of(call)
         return nn.functional.one_hot(torch.tensor(self.share, device=tasks.device)[tasks], self.experts).float()
 
 
@@ -58,7 +68,7 @@ class Skills(nn.Module):
 
     def __init__(self, width: int, experts: int, tasks: int, splits: int = 1, relaxed: bool = True):
         super().__init__()
-        self.experts, self.splits, self.relaxed = experts, splits, relaxed
+        self.experts, self.tasks, self.splits, self.relaxed = experts, tasks, splits, relaxed
         self.table = nn.Parameter(torch.empty(tasks, experts, splits))
 
     def reset(self, generator: torch.Generator) -> None:
@@ -67,7 +77,7 @@ class Skills(nn.Module):
 
     def forward(self, call: Call, layer: int) -> Tensor:
         """Gates (batch, experts), or (batch, experts, splits) where there are several."""
-        logits = self.table.float()[tasks_of(call, len(self.table))]
+        logits = self.table.float()[tasks_of(call)]
         if self.training and self.relaxed:
             u = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)
             logits = logits + u.log() - (-u).log1p()
@@ -88,7 +98,7 @@ class Hash(nn.Module):
     def forward(self, call: Call, layer: int) -> Tensor:
         """Gates (batch, experts)."""
         assert call.key is not None
-        mixed = (call.key ^ (layer * 0x9E3779B97F4A7C)) * 0x2545F4914F6CDD1D
+        mixed = (call.key ^ (layer * 0x9E3779B97F4A7C & 0x7FFFFFFFFFFFFFFF)) * 0x2545F4914F6CDD1D
         mixed = (mixed ^ (mixed >> 29)) * 0x1B873593CC9E2D51
         return nn.functional.one_hot(((mixed >> 33) & 0x3FFFFFFF) % self.experts, self.experts).float()
 

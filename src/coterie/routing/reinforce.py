@@ -46,7 +46,7 @@ class Reinforce(nn.Module):
         log_probabilities = scores.log_softmax(-1)
         x = F.layer_norm(read.detach().float(), read.shape[-1:])
         value = F.linear(F.linear(x, self.down.float(), self.down_bias.float()), self.up.float(), self.up_bias.float())
-        call.policies.append(
+        call.await_reward(
             Policy(
                 log_probabilities.gather(-1, decision.index)[:, 0],
                 -(log_probabilities.exp() * log_probabilities).sum(-1),

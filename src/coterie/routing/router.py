@@ -101,6 +101,11 @@ class Routing:
         return self.pool == "token" and SCORES[self.score].reads != "call" and self.combine == "outputs"
 
     @property
+    def by_call(self) -> bool:
+        """Whether layers must know of the model's call, or it of them (losses; steps that are counted)."""
+        return not self.by_token or bool(self.losses) or self.select == "gumbel"
+
+    @property
     def couples(self) -> bool:
         """Whether tokens of one example reach each other by the very definition, in both directions."""
         return self.pool == "sequence" or self.combine == "slots"
@@ -170,12 +175,14 @@ class Router(nn.Module):
         else:
             scores = self.score(read)
         decision: Decision = self.select(scores)
-        if call is not None and call.learns:
+        # consistency is the whole call's, and no layer's
+        wanted = {name: weight for name, weight in self.routing.losses.items() if name != "consistency"}
+        if wanted and call is not None and call.learns:
             own: dict[str, Tensor] = {}
             for part in (self.score, self.select):
                 if hasattr(part, "loss"):
                     own |= part.loss(read, scores, decision, valid, call)
-            for name, weight in self.routing.losses.items():
+            for name, weight in wanted.items():
                 if name in own:
                     call.add(name, weight * own[name])
                 elif name in LOSSES:

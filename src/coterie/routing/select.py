@@ -43,7 +43,7 @@ class TopK(nn.Module):
             if not (self.training and scores.requires_grad):
                 return Decision(experts, index, None)
             probability = scores.softmax(-1).gather(-1, index)
-            return Decision(experts, index, 1 + probability - probability.detach())
+            return Decision(experts, index, 1 + (probability - probability.detach()))
         values, index = scores.topk(min(self.k, experts), dim=-1)
         return Decision(experts, index, values.softmax(-1))
 
