@@ -12,7 +12,7 @@ single := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env demo demo-full test test-all lint types format docs bench bench-full bench-paths bench-native bench-merging bench-memory bench-fusionbench clean
+.PHONY: help env demo demo-full test test-all lint types format docs bench bench-full bench-paths bench-native bench-merging bench-library bench-memory bench-fusionbench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -70,6 +70,9 @@ bench-native: $(stamp) ## the compiled path beside the others, and torch.compile
 
 bench-merging: $(stamp) ## merging and extracting against mergekit, in an environment of its own
 	@$(py) benchmarks/merging.py
+
+bench-library: $(stamp) ## a library of up to a thousand adapters; retrieval among up to 100,000 vectors
+	@$(py) benchmarks/library.py
 
 bench-memory: $(stamp) ## peak memory of a build against depth and width
 	@$(single) $(py) benchmarks/memory.py

@@ -18,17 +18,17 @@ from matching import python
 
 # Builds in forked children that are killed, then resumes. A kill comes before the n-th time that the child opens,
 # renames or removes something beside its output (every such moment may be drawn, the last renames included), or after
-# a while from outside. Says per point: shards found finished, and steps made after them.
+# a while from outside. Says per point: shards found finished, and steps made after them. `module`, `run` and `step` are
+# of a build, or of a merge.
 KILLS = """
-import json, os, pathlib, random, signal, sys, time
-import coterie.building.build as b
+import importlib, json, os, pathlib, random, signal, sys, time
 
-recipe, folder, shard, seed, operations, delays = sys.argv[1:]
+recipe, folder, shard, seed, operations, delays, module, run, step = sys.argv[1:]
 recipe, folder, shard = json.loads(recipe), pathlib.Path(folder), int(shard)
-draw = random.Random(int(seed))
+draw, b = random.Random(int(seed)), importlib.import_module(module)
 
 def build(out, **keys):
-    b.build(recipe, out=folder / out, jobs=draw.choice([1, 2, 3]), max_shard_bytes=shard, **keys)
+    getattr(b, run)(recipe, out=folder / out, jobs=draw.choice([1, 2, 3]), max_shard_bytes=shard, **keys)
 
 def forked(work):
     pid = os.fork()
@@ -52,7 +52,7 @@ build("whole")
 total, start = seen, time.monotonic()
 build("again")
 seconds = time.monotonic() - start
-make = b.make
+make = getattr(b, step)
 for index in range(int(operations) + int(delays)):
     out, seen, made, limit = f"out{index}", 0, [], None
     if index < int(operations):
@@ -66,7 +66,7 @@ for index in range(int(operations) + int(delays)):
     killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
     left = [p for p in folder.glob(f".{out}.partial-*/journal.jsonl")]
     found = sum(len(p.read_text().splitlines()) - 1 for p in left)
-    b.make = lambda *args: made.append(args[2]) or make(*args)
+    setattr(b, step, lambda *args: made.append(args[2]) or make(*args))
     limit, seen = None, 0
     if not (folder / out).exists():
         build(out, resume=True)
@@ -78,7 +78,9 @@ def test_killed_at_twenty_random_points(tmp_path):
     recipe = write_sources(tmp_path / "sources", num_hidden_layers=1)
     (tmp_path / "out").mkdir()
     folder = tmp_path / "out"
-    points = [json.loads(line) for line in python(KILLS, json.dumps(recipe), folder, SHARD, 7, 14, 6).splitlines()]
+    run = ("coterie.building.build", "build", "make")
+    told = python(KILLS, json.dumps(recipe), folder, SHARD, 7, 14, 6, *run)
+    points = [json.loads(line) for line in told.splitlines()]
     assert len(points) == 20
     wanted = contents(folder / "whole")
     total = max(point["made"] for point in points)

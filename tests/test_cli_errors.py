@@ -391,6 +391,37 @@ def test_text_that_is_no_recipe(place: Place, text: str):
     place.refuses(text, str(place.root / "recipe.yaml"))
 
 
+def test_a_merge_given_to_build(place: Place):
+    place.refuses(place.recipe(method="ties"), "'ties' is a merge, not a mixture", "coterie merge")
+    place.refuses(place.recipe(method="ties", head="a"), "'ties' is a merge", "coterie merge")
+    place.refuses(place.recipe(head="a"), "unknown key 'head'", "only merges have it")
+    place.refuses({"merge_method": "linear", "models": []}, "mergekit", "coterie merge --mergekit")
+
+
+def test_the_options_sentences_name_the_recipe_once(place: Place):
+    base, a = str(place.root / "base"), str(place.root / "a")
+    err = place.refuses(["--base", base, "--expert", f" ={a}"], "expert name ' ' is empty")
+    assert "recipe: recipe:" not in err
+    place.refuses(["--base", base, "--expert", f"x={a}", "--dtype", "bf16"], "dtype is 'bf16'", "'bfloat16'")
+
+
+def test_a_path_that_is_nearly_right(place: Place):
+    place.monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    place.refuses(place.recipe(base=str(place.root / "bas")), "no such directory", f"'{place.root / 'base'}'?")
+    place.monkeypatch.chdir(place.root)
+    place.refuses(place.recipe(base="bas"), "no such directory, and the Hub", "did you mean 'base'?")
+    place.refuses(place.recipe(base="nothing/like/it"), "no such directory", "check the path")
+
+
+def test_dry_runs_and_finished_builds(place: Place):
+    (place.root / "recipe.yaml").write_text(yaml.safe_dump(place.recipe()))
+    given = [str(place.root / "recipe.yaml"), "-o", str(place.root / "out")]
+    assert place.run("build", *given)[0] == 0
+    code, out, err = place.run("build", *given, "--dry-run")
+    assert code == 0 and "plan" in out, err
+    place.refuses([given[0], "--resume"], "is finished", "--force")
+
+
 def test_recipe_that_is_nowhere(place: Place):
     place.refuses([str(place.root / "none.yaml")], "none.yaml")
 
@@ -470,6 +501,24 @@ def test_a_device_that_is_too_small(place: Place, tmp_path: Path):
 
 
 # --- the rest of the program --------------------------------------------------------------------------------------
+
+
+def test_one_method(place: Place):
+    code, out, _ = place.run("methods", "ties", "--json")
+    assert code == 0 and [each["name"] for each in json.loads(out)] == ["ties"]
+    code, out, _ = place.run("methods", "smile")
+    assert code == 0 and "gate_rank" in out and "ties" not in out
+    code, _, err = place.run("methods", "tees")
+    assert code == 2 and "did you mean 'ties'?" in err
+
+
+def test_texts_for_a_mixture_that_routes_nothing(place: Place):
+    (place.root / "recipe.yaml").write_text(yaml.safe_dump(place.recipe(method="emr", parameters={})))
+    code, _, err = place.run("build", str(place.root / "recipe.yaml"), "-o", str(place.root / "out"))
+    assert code == 0, err
+    page = place.root / "page.html"
+    code, _, err = place.run("inspect", str(place.root / "out"), "--html", str(page), "--text", "some words")
+    assert code == 2 and "routes nothing by itself" in err and "leave out --text" in err and not page.exists()
 
 
 @pytest.mark.parametrize("what", ["nowhere", "base", "adapter", "base/config.json"])

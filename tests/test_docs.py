@@ -73,6 +73,8 @@ def drawer(tmp_path_factory):
     (folder / "emotion.jsonl").write_text("\n".join(lines))
     for name in ("reviews", "comments"):
         (folder / f"{name}.txt").write_text("what a film\nyou are\n")
+    save(base_model("llama"), folder / "Qwen/Qwen3-0.6B")
+    tokenizer.__class__(str(folder / "vocab.txt"), eos_token="[SEP]").save_pretrained(folder / "Qwen/Qwen3-0.6B")
     recipe = {"method": "smile", "base": "bert-base-uncased", "parameters": {"rank": 4, "gate_rank": 2}}
     recipe["experts"] = {"sentiment": "you/bert-sst2", "toxicity": "adapters/toxicity"}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))

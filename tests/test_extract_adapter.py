@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -180,13 +182,120 @@ def test_a_residual_that_the_dtype_cannot_hold_is_told(tmp_path: Path) -> None:
         assert any("residual above 0.001" in warning for warning in report.warnings) == told
 
 
-def test_a_mixture_of_experts_keeps_its_routed_experts(tmp_path: Path) -> None:
-    _, tuned = sources(tmp_path, "mixtral", everything=True)
+def gpt_oss() -> nn.Module:
+    """Experts that are kept as (in, out), with biases beside them."""
+    config = transformers.GptOssConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, pad_token_id=0, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.GptOssForCausalLM(config).eval()
+
+
+def routed(folder: Path, arch: str, changed: str) -> tuple[nn.Module, nn.Module]:
+    """A base, and a fine-tune of its routed experts (of the tensors whose names hold `changed`); on disk too."""
+    base = gpt_oss() if arch == "gpt_oss" else base_model(arch)
+    tuned = copy.deepcopy(base)
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if ".experts." in name and changed in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    save(base, folder / "base"), save(tuned, folder / "tuned")
+    return base, tuned
+
+
+@pytest.mark.parametrize("changed", ["proj", "1.mlp.experts.down_proj"], ids=["all", "one"])
+@pytest.mark.parametrize("arch", ["mixtral", "gpt_oss"])
+def test_routed_experts_in_one_parameter(tmp_path: Path, arch: str, changed: str) -> None:
+    """Each has factors of its own, which PEFT reads, and which a merge and a build read again."""
+    base, tuned = routed(tmp_path, arch, changed)
+    report = coterie.extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter", rank=5, jobs=2)
+    model = type(base).from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
+    model = peft.PeftModel.from_pretrained(model, str(tmp_path / "adapter")).eval()
+    batch = {"input_ids": torch.arange(1, 15).view(2, 7)}
+    before = outputs(model, batch)
+    whole = model.merge_and_unload()
+    torch.testing.assert_close(outputs(whole, batch), before, rtol=1e-4, atol=2e-5)
+    old, new, got = base.state_dict(), tuned.state_dict(), whole.state_dict()
+    layers = {layer.path: layer for layer in report.layers if layer.rank}
+    assert set(layers) == {n for n in old if not old[n].equal(new[n]) and old[n].ndim == 3}
+    for name in old:
+        delta, wanted = (new[name] - old[name]).double(), torch.zeros_like(old[name]).double()
+        if name in layers:
+            wanted = torch.stack([best(matrix, 5) for matrix in delta])
+            assert layers[name].residual == pytest.approx(float((delta - wanted).norm() / delta.norm()), rel=1e-5)
+        torch.testing.assert_close(got[name].double() - old[name], wanted, rtol=0, atol=3e-6)
+    keys = {"base": tmp_path / "base", "experts": {"x": tmp_path / "adapter"}}
+    coterie.merge(method="task_arithmetic", parameters={"scale": 1.0}, out=tmp_path / "merged", **keys)
+    again = type(base).from_pretrained(tmp_path / "merged", dtype=torch.float32).state_dict()
+    for name in old:
+        torch.testing.assert_close(again[name], got[name], rtol=0, atol=3e-6)
+    with pytest.raises(coterie.CoterieError, match="holds the factors of many experts"):
+        coterie.merge(method="squeeze", out=tmp_path / "factors", **keys)
+
+
+def test_routed_experts_reach_a_residual_or_stay_out(tmp_path: Path) -> None:
+    base, tuned = routed(tmp_path, "mixtral", "down_proj")
+    report = coterie.extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter", residual=0.4)
+    old, new = base.state_dict(), tuned.state_dict()
+    for layer in (layer for layer in report.layers if layer.rank):
+        delta = (new[layer.path] - old[layer.path]).double()
+        left = [float((d - best(d, layer.rank)).norm() / d.norm()) for d in delta]
+        less = [float((d - best(d, layer.rank - 1)).norm() / d.norm()) for d in delta]
+        assert max(left) <= 0.4 < max(less) and layer.residual <= 0.4
+    with pytest.raises(coterie.CoterieError, match="changes no linear layer"):
+        coterie.extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "none", rank=2, exclude=["*experts*"])
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    held = load_file(file)
+    name = next(n for n in held if n.endswith("lora_A.weight"))
+    for damaged, said in (({name: held[name][1:]}, "shape"), ({}, "no pair of factors for each expert")):
+        save_file({n: t.contiguous() for n, t in held.items() if n != name} | damaged, file)
+        with pytest.raises(coterie.CoterieError, match=said):
+            coterie.merge(
+                method="average", base=tmp_path / "base", experts={"x": tmp_path / "adapter"}, out=tmp_path / "merged"
+            )
+
+
+def test_what_differs_beside_the_weights_is_told_in_an_adapters_words(tmp_path: Path) -> None:
+    sources(tmp_path, "llama", heads=False)
+    for name in ("base", "tuned"):
+        (tmp_path / name / "chat_template.jinja").write_text(name)
+    report = coterie.extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter", rank=2)
+    assert "chat_template.jinja of expert 'fine-tune' differs from the base's; the adapter takes the base's" in (
+        report.warnings
+    )
+
+
+def test_what_peft_refuses_to_adapt_is_saved_or_told(tmp_path: Path) -> None:
+    """Mamba's kernels read the weight of out_proj themselves; what else is inside its mixer is saved all the same."""
+    _, tuned = sources(tmp_path, "mamba")
+    told = "2 layers out_proj are not adapted: PEFT refuses to in models of this type"
+    assert told in coterie.extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "left", rank=64).warnings
+    adapted(tmp_path, "mamba", "left")
+    coterie.extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter", rank=64, rest="save")
+    batch = inputs("mamba")
+    got = outputs(adapted(tmp_path, "mamba"), batch)
+    torch.testing.assert_close(got, outputs(tuned, batch), rtol=1e-4, atol=2e-5)
+
+
+def test_counts_of_training_steps_are_no_change(tmp_path: Path) -> None:
+    """Fine-tunes with BatchNorm count on; layers that are adapted and a head beside them."""
+    config = transformers.LevitConfig(
+        image_size=16, hidden_sizes=[16, 16, 16], num_attention_heads=[2, 2, 2], depths=[1, 1, 1], key_dim=[8, 8, 8],
+        kernel_size=3, stride=1, patch_size=4, num_labels=3,
+    )  # fmt: skip
+    base = transformers.LevitForImageClassification(config).eval()
+    base.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        for name, tensor in base.state_dict().items():
+            tensor.add_(7 if name.endswith("num_batches_tracked") else 0.05 * torch.rand_like(tensor.float()))
+    base.save_pretrained(tmp_path / "tuned")
     report = coterie.extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter", rank=64, rest="save")
-    assert report.kinds(saved=True)["fused 3-D expert weights"][0] == 4
-    batch = inputs("mixtral")
-    model = adapted(tmp_path, "mixtral")
-    torch.testing.assert_close(outputs(model, batch), outputs(tuned, batch), rtol=1e-4, atol=2e-5)
+    names = [n for n, _ in base.named_parameters()] + [n for n, _ in base.named_buffers() if "running" in n]
+    accounted = sum(rest.tensors for rest in report.rest.values()) + sum(layer.rank > 0 for layer in report.layers)
+    assert accounted == len(names)
+    keys = {"base": tmp_path / "base", "experts": {"a": tmp_path / "tuned"}, "others": "average"}
+    coterie.build(method="smile", out=tmp_path / "mixture", **keys)
 
 
 def test_the_adapter_is_an_expert_again(tmp_path: Path) -> None:
@@ -216,6 +325,7 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypat
     tensors["model.layers.0.mlp.up_proj.weight"][3, 4] = float("nan")
     save_file(tensors, tmp_path / "nan" / "model.safetensors", metadata={"format": "pt"})
     save(base_model("llama", hidden_size=16), tmp_path / "narrow")
+    save(base_model("bert"), tmp_path / "other")
     coterie.extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter", rank=2)
     cases = {
         ("tuned", "--rank", "0"): "rank is 0",
@@ -225,12 +335,13 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypat
         ("tuned", "--rank", "2", "--rest", "keep"): "rest is 'keep'",
         ("tuned", "--rank", "2", "--dtype", "int3"): "dtype",
         ("tuned", "--rank", "2", "--jobs", "0"): "jobs is 0",
-        ("tuned", "--rank", "2", "--include", "nothing*"): "no layer",
+        ("tuned", "--rank", "2", "--include", "nothing*"): "no linear layer of LlamaForCausalLM is left",
         ("same", "--rank", "2"): "changes no linear layer",
         ("nan", "--rank", "2"): "NaN",
         ("narrow", "--rank", "2"): "shape",
         ("adapter", "--rank", "2"): "adapter already",
         ("absent", "--rank", "2"): "absent",
+        ("other", "--rank", "2"): "the fine-tune is a 'bert' model and the base a 'llama' model",
     }
     before = sorted(p.name for p in tmp_path.iterdir())
     for (source, *options), said in cases.items():

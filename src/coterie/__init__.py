@@ -31,6 +31,8 @@ _EXPORTS = {
     "Recipe": "coterie.recipe",
     "library": "coterie.library",
     "methods": "coterie.methods",
+    "train": "coterie.training.train",
+    "watch": "coterie.training.log",
     "wrap": "coterie.training.wrap",
 }
 
@@ -46,6 +48,8 @@ if TYPE_CHECKING:
     from .mixture.load import load
     from .mixture.trace import routing_trace
     from .recipe import Recipe
+    from .training.log import watch
+    from .training.train import train
     from .training.wrap import MixtureConfig, wrap
 
 __all__ = [
@@ -65,6 +69,8 @@ __all__ = [
     "plan",
     "routing_trace",
     "smile",
+    "train",
+    "watch",
     "wrap",
 ]
 

@@ -12,6 +12,8 @@ import typer
 
 from . import __version__
 from .errors import CoterieError
+from .library.commands import app as library
+from .training.command import train
 
 app = typer.Typer(
     help="Turn a base model and its fine-tuned experts into one mixture-of-experts model.",
@@ -20,6 +22,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+app.add_typer(library, name="library")
+app.command()(train)
 
 Out = Annotated[Path, typer.Option("-o", "--out", help="The directory to make; it appears only when it is complete.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing directory.")]
@@ -116,13 +120,10 @@ def build(
         given["modules"] = {"include": include or ["*"], "exclude": exclude or []}
     whole = _overridden(recipe, given, read_recipe, "build")
     _check_device(device)
-    if out is not None and os.path.lexists(out) and not force:
-        raise CoterieError("exists already", str(out), "choose another directory, or replace it with --force")
     if dry_run:
         _show(plan(whole, token, jobs=jobs, device=device), as_json)
         return
-    if out is None:
-        raise CoterieError("no output directory given", "build", "give -o DIR")
+    out = _require_free(out, force, resume, "build")
     console = None if as_json else _console(stderr=True)
     how: dict[str, Any] = {"device": device, "jobs": jobs, "engine": engine, "resume": resume}
     how["max_shard_bytes"] = int(max_shard_gb * 1e9)
@@ -214,13 +215,10 @@ def merge(
     whole = _overridden(whole, given, read_merge_recipe, "merge")
     if device != "cpu":
         _check_device(device)
-    if out is not None and os.path.lexists(out) and not force:
-        raise CoterieError("exists already", str(out), "choose another directory, or replace it with --force")
     if dry_run:
         _show(plan(whole, token=token, jobs=jobs, device=device), as_json)
         return
-    if out is None:
-        raise CoterieError("no output directory given", "merge", "give -o DIR")
+    out = _require_free(out, force, resume, "merge")
     how: dict[str, Any] = {"device": device, "jobs": jobs, "resume": resume, "report": report, "token": token}
     how["max_shard_bytes"] = int(max_shard_gb * 1e9)
     _show(run(whole, out, force=force, console=None if as_json else _console(stderr=True), **how), as_json)
@@ -289,8 +287,17 @@ def inspect(
         return
     from transformers.utils import logging
 
+    from .mixture.load import read_spec
+    from .mixture.spec import MixtureSpec
     from .report.look import look_inside
+    from .sources.locate import locate
 
+    if (text or suite) and MixtureSpec.from_dict(read_spec(locate(directory, token))).routing.score == "tag":
+        raise CoterieError(
+            "it routes nothing by itself: its expert is named (`model.coterie.route`)",
+            directory,
+            f"leave out {'--text' if text else '--suite'}",
+        )
     logging.disable_progress_bar()
     console = _console(stderr=True)
     with console.status("looking inside") as status:
@@ -307,12 +314,20 @@ def inspect(
 
 
 @app.command()
-def methods(as_json: Json = False) -> None:
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Show this one only.")] = None, as_json: Json = False
+) -> None:
     """List the methods, their parameters and where they were published: of mixtures, then of merges."""
     from .merging.registry import known as merges
     from .methods import known as mixtures
+    from .recipe import nearest
 
     kinds: dict[str, list[Any]] = {"mixture": mixtures(), "merge": merges()}
+    if name is not None:
+        names = [each.name for found in kinds.values() for each in found]
+        if name not in names:
+            raise CoterieError(f"unknown method {name!r}", "methods", nearest(name, names))
+        kinds = {kind: found for kind, all_ in kinds.items() if (found := [m for m in all_ if m.name == name])}
     if as_json:
         listing = [
             {"name": m.name, "kind": kind, "cite": m.cite, "summary": m.summary, "parameters": m.describe()}
@@ -378,6 +393,8 @@ def extract_expert(
     directory: Annotated[str, typer.Argument(help="A mixture directory or Hub id.")],
     name: Annotated[str, typer.Argument(help="The expert's name.")],
     out: Out,
+    adapter: Annotated[bool, typer.Option("--adapter", help="A PEFT LoRA adapter instead of a dense model.")] = False,
+    base: Annotated[str | None, typer.Option(help="The adapter's base, where the mixture does not name it.")] = None,
     force: Force = False,
 ) -> None:
     """Give one expert as an ordinary dense model: its linear layers and head; the rest as `others` had it."""
@@ -386,7 +403,7 @@ def extract_expert(
     from .building.extract import extract_expert as run
 
     logging.disable_progress_bar()
-    run(directory, name, out, force=force)
+    run(directory, name, out, force=force, adapter=adapter, base=base)
     _console().print(f"{name}: {out}", markup=False)
 
 
@@ -523,10 +540,24 @@ def _overridden(recipe: Any, given: dict[str, Any], read: Any, command: str) -> 
             )
         return read({"method": method, **given})
     merged = read(recipe).model_dump(exclude_unset=True)
+    if "experts" in given:  # another source, and all else that the recipe says of the expert
+        known = merged["experts"]
+        given["experts"] = {n: {**known.get(n, {}), "source": source} for n, source in given["experts"].items()}
     for key in ("parameters", "experts"):
         if key in given:
             given[key] = {**merged.get(key, {}), **given[key]}
     return read({**merged, **given})
+
+
+def _require_free(out: Path | None, force: bool, resume: bool, command: str) -> Path:
+    """The output directory, where nothing is in the way."""
+    if out is None:
+        raise CoterieError("no output directory given", command, "give -o DIR")
+    if os.path.lexists(out) and not force:
+        if resume and any((out / file).is_file() for file in ("mixture.json", "merge.json")):
+            raise CoterieError("is finished: nothing of it is left to resume", str(out), "replace it with --force")
+        raise CoterieError("exists already", str(out), "choose another directory, or replace it with --force")
+    return out
 
 
 def _pairs(given: list[str], option: str) -> dict[str, str]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import re
 import unicodedata
+from collections.abc import Callable
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -24,6 +26,19 @@ def nearest(word: str, known: list[str]) -> str:
     """A hint: the known word closest to `word`, or all of them."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
+
+
+def nearby(path: Path, kind: Callable[[Path], bool]) -> str | None:
+    """A hint for a path that does not exist: what of that kind lies where its first missing part should be."""
+    missing = path
+    while not missing.parent.exists():
+        missing = missing.parent
+    try:
+        names = [each.name for each in missing.parent.iterdir() if kind(each)]
+    except OSError:
+        return None
+    close = difflib.get_close_matches(missing.name, names, n=1)
+    return f"did you mean {str(missing.with_name(close[0]))!r}?" if close else None
 
 
 class _Strict(BaseModel):
@@ -190,22 +205,31 @@ class _UniqueKeys(yaml.SafeLoader):
 
 def _explain(error: ValidationError, where: str, kind: type[_AnyRecipe]) -> CoterieError:
     first = error.errors()[0]
-    path = ".".join(str(p) for p in first["loc"] if not str(p).startswith("function-after["))
-    command = "build" if kind is Recipe else "merge"
+    # Beside keys, pydantic names the branches of a union: `literal[...]`, `function-after[...]`, `float`.
+    path = ".".join(str(p) for p in first["loc"] if not re.search(r"\[|^(float|str|dict|constrained-\w+)$", str(p)))
+    help_ = f"see `coterie {'build' if kind is Recipe else 'merge'} --help` for the recipe's keys"
     if first["type"] == "extra_forbidden":
         models: dict[str, type[BaseModel]] = {
             "modules": Modules,
             "experts": Expert if kind is Recipe else MergeExpert,
         }
         model = models.get(str(first["loc"][0]), kind) if len(first["loc"]) > 1 else kind
-        hint = nearest(str(first["loc"][-1]), list(model.model_fields))
-        return CoterieError(f"unknown key {str(first['loc'][-1])!r}", where, hint)
-    message = first["msg"].removeprefix("Value error, ")
+        key = str(first["loc"][-1])
+        of_merges = model is Recipe and key in MergeRecipe.model_fields
+        hint = "only merges have it (`coterie merge`)" if of_merges else nearest(key, list(model.model_fields))
+        return CoterieError(f"unknown key {key!r}", where, hint)
+    if first["type"] == "missing":
+        return CoterieError(f"{path} is missing", where, help_)
     if first["type"] == "too_short" and path == "experts":
-        message = "the list of experts is empty"
-    return CoterieError(
-        f"{path or 'recipe'}: {message}", where, f"see `coterie {command} --help` for the recipe's keys"
-    )
+        return CoterieError("the list of experts is empty", where, help_)
+    if first["type"] == "literal_error":
+        known = re.findall(r"'([^']*)'", first["ctx"]["expected"])
+        return CoterieError(f"{path} is {first['input']!r}", where, nearest(str(first["input"]), known))
+    if first["msg"].startswith("Input should be "):
+        wanted = re.sub(r" or instance of \w+", "", first["msg"]).replace("Input should be", "it must be")
+        return CoterieError(f"{path} is {first['input']!r}", where, wanted)
+    message = first["msg"].removeprefix("Value error, ")
+    return CoterieError(f"{path}: {message}" if path else message, where, help_)
 
 
 def read_recipe(recipe: str | Path | dict[str, Any] | Recipe) -> Recipe:
@@ -232,8 +256,10 @@ def read_yaml(file: str | Path) -> Any:
         CoterieError: it cannot be read, or is not YAML.
     """
     where = str(file)
+    if Path(file).is_dir():
+        raise CoterieError("is a directory", where, "give a recipe, a YAML file")
     if not Path(file).is_file():
-        raise CoterieError("no such file", where, "give the path of a recipe")
+        raise CoterieError("no such file", where, nearby(Path(file), Path.is_file) or "give the path of a recipe")
     try:
         return yaml.load(Path(file).read_text(encoding="utf-8"), Loader=_UniqueKeys)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:
@@ -241,6 +267,13 @@ def read_yaml(file: str | Path) -> Any:
             raise CoterieError(error.what, f"{where}, {error.where}", error.mend) from None
         reason = " ".join(str(error).split())
         raise CoterieError(f"cannot be read as YAML ({reason})", where, "see examples/ for recipes") from None
+
+
+def _is_merge(method: Any) -> bool:
+    from .merging.registry import known as merges
+    from .methods import known as mixtures
+
+    return method not in [each.name for each in mixtures()] and method in [each.name for each in merges()]
 
 
 def _read(recipe: str | Path | dict[str, Any] | _AnyRecipe, kind: type[_AnyRecipe]) -> _AnyRecipe:
@@ -251,6 +284,10 @@ def _read(recipe: str | Path | dict[str, Any] | _AnyRecipe, kind: type[_AnyRecip
         where, recipe = str(recipe), read_yaml(recipe)
     if not isinstance(recipe, dict):
         raise CoterieError("is not a mapping of keys to values", where, "see examples/ for recipes")
+    if "method" not in recipe and recipe.keys() & {"merge_method", "models", "slices"}:
+        raise CoterieError("is a configuration of mergekit's", where, "give it as `coterie merge --mergekit FILE`")
+    if kind is Recipe and _is_merge(recipe.get("method")):
+        raise CoterieError(f"{recipe['method']!r} is a merge, not a mixture", where, "run `coterie merge`")
     try:
         return kind.model_validate(recipe)
     except ValidationError as error:

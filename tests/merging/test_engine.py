@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +22,8 @@ from coterie.merging import merge_states, registry, steps
 from coterie.merging.merge import plan
 from coterie.merging.registry import merge_method
 from coterie.merging.statistics import Statistics
+from matching import python
+from test_build_resume import KILLS
 from zoo import base_model, fine_tune, make_adapter, merged, save
 
 NAMES = ("a", "b", "c")
@@ -181,6 +184,28 @@ def test_an_interrupted_merge_goes_on(sources, tmp_path, monkeypatch):
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.parametrize("method", ["ties", "squeeze"])
+def test_killed_at_random_points(sources, tmp_path, method):
+    """A merge that surveys all deltas first, in many shards; and one of adapters, in the one file that PEFT reads."""
+    adapters = method == "squeeze"
+    if adapters:
+        make_adapter(sources / "base", tmp_path / "other", 5, arch="llama")
+    given = recipe(sources, method, ("adapter",) if adapters else NAMES)
+    given["experts"] |= {"other": str(tmp_path / "other")} if adapters else {}
+    (tmp_path / "out").mkdir()
+    run = ("coterie.merging.merge", "merge", "make_step")
+    told = python(KILLS, json.dumps(given), tmp_path / "out", 9000, 3, 6, 2, *run)
+    points = [json.loads(line) for line in told.splitlines()]
+    wanted = contents(tmp_path / "out" / "whole")
+    assert len(points) == 8 and sum(point["killed"] for point in points) >= 6
+    for index, point in enumerate(points):
+        assert contents(tmp_path / "out" / f"out{index}") == wanted, point
+        if point["found"] > 2:
+            assert point["made"] < len(tensors(sources / "base"))
+    assert adapters or sum(point["found"] > 0 for point in points) >= 2
+    assert not [p.name for p in (tmp_path / "out").iterdir() if p.name.startswith(".") and ".new-" not in p.name]
+
+
 def test_another_recipe_does_not_go_on(sources, tmp_path):
     identity = {"recipe": {"method": "ties"}}
     with pytest.raises(KeyboardInterrupt), whole_directory(tmp_path / "out", identity=identity) as folder:
@@ -270,6 +295,41 @@ def test_what_has_no_effect_is_told(sources, tmp_path):
     assert alone.warnings == ["nothing of the experts' changes is left in the merge: this is the base"]
 
 
+@pytest.mark.parametrize("path", ["plain", "skeleton"])
+def test_tokenizers_and_templates_that_differ_are_told(sources, tmp_path, path):
+    for name in ("base", "a"):
+        shutil.copytree(sources / name, tmp_path / name)
+        (tmp_path / name / "chat_template.jinja").write_text(name)
+    experts = {"a": str(tmp_path / "a")} | ({} if path == "plain" else {"x": str(sources / "adapter")})
+    keys = {"method": "average", "experts": experts}
+    told = coterie.merge(keys | {"base": str(tmp_path / "base")}, out=tmp_path / "out").warnings
+    assert "chat_template.jinja of expert 'a' differs from the base's; the merge takes the base's" in told
+    assert not any("mixture" in warning for warning in told)
+    if path == "plain":
+        told = coterie.merge(method="average", experts={"c": str(tmp_path / "base"), **experts}, out=tmp_path / "two")
+        assert any("from the first expert's; the merge takes the first expert's" in each for each in told.warnings)
+
+
+def test_large_values_are_no_overflow(tmp_path):
+    """Their squares are more than float32 holds, and the report says what float64 does."""
+    for name, factor in (("base", 1.0), ("a", 1.5), ("b", 1.25)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["Any"]}))
+        save_file({"w": torch.full((4, 4), 1e20 * factor)}, tmp_path / name / "model.safetensors")
+    experts = {name: str(tmp_path / name) for name in ("a", "b")}
+    keys = {"base": str(tmp_path / "base"), "experts": experts, "norm_budget": 10.0}
+    report = coterie.merge(method="task_arithmetic", parameters={"scale": 1.0}, out=tmp_path / "out", **keys)
+    torch.testing.assert_close(tensors(tmp_path / "out")["w"], torch.full((4, 4), 1.75e20), rtol=1e-6, atol=0)
+    assert report.lines[0].moved == pytest.approx(0.75) and report.lines[0].experts == pytest.approx([2e20, 1e20])
+    with pytest.raises(coterie.CoterieError, match="overflows"):
+        coterie.merge(method="task_arithmetic", parameters={"scale": 5e18}, out=tmp_path / "over", **keys)
+    save_file({"w": torch.full((4, 4), 3e38)}, tmp_path / "base" / "model.safetensors")
+    save_file({"w": torch.full((4, 4), 3.3e38)}, tmp_path / "a" / "model.safetensors")
+    with pytest.raises(coterie.CoterieError, match="overflows float32"):
+        keys["experts"] = {"a": str(tmp_path / "a")}
+        coterie.merge(method="task_arithmetic", parameters={"scale": 2.0}, out=tmp_path / "over", **keys)
+
+
 def test_norm_budget(sources, tmp_path):
     free = coterie.merge(recipe(sources, parameters={"scale": 1.0}), out=tmp_path / "free")
     report = coterie.merge(recipe(sources, parameters={"scale": 1.0}, norm_budget=0.5), out=tmp_path / "out")
@@ -343,6 +403,24 @@ def test_in_memory_is_as_from_disk(sources, tmp_path):
         found = merge_states(method, base, experts, matrices, seed=3)
         for name, tensor in tensors(tmp_path / method).items():
             assert tensor.equal(found[name]), (method, name)
+
+
+def test_in_memory_states_must_fit():
+    base = {"w": torch.zeros(2, 3)}
+    good = {"w": torch.ones(2, 3)}
+
+    def refused(said: str, *experts: dict[str, Tensor], method: str = "average", **keys: Any) -> None:
+        with pytest.raises(coterie.CoterieError, match=said):
+            merge_states(method, base, experts, **keys)
+
+    refused(r"expert 1: tensor 'w' has shape \[3, 2\] and the base's has \[2, 3\]", good, {"w": torch.ones(3, 2)})
+    refused("the base lacks its tensor 'v'", {"v": torch.ones(2)})
+    refused("no experts")
+    refused("1 weights for 2 experts", good, good, weights=[1.0])
+    refused("'v' is no matrix", good, matrices={"v"}, method="iso_c")
+    refused("needs statistics", good, method="fisher")
+    refused("1 statistics for 2", good, good, method="fisher", statistics=[good])
+    refused("merges adapters' factors", good, method="lego")
 
 
 def test_plan(sources):

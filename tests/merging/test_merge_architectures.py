@@ -61,6 +61,48 @@ def test_every_tensor_out_that_went_in(tmp_path, arch):
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 
 
+def resnets(root: Path, heads: tuple[int, int] = (3, 3)) -> dict[str, Any]:
+    """A base without any linear layer in its body, and two experts that counted their training steps on."""
+    for seed, (name, labels) in enumerate(zip(("base", "a", "b"), (heads[0], *heads), strict=True)):
+        torch.manual_seed(seed)
+        config = tf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=labels)
+        model = tf.ResNetForImageClassification(config)
+        for key, tensor in model.state_dict().items():
+            if key.endswith("num_batches_tracked"):
+                tensor.fill_(100 * seed)
+            elif "running" in key:
+                tensor.uniform_(0.5, 1.5)
+        model.save_pretrained(root / name)
+    return {"base": str(root / "base"), "experts": {name: str(root / name) for name in ("a", "b")}}
+
+
+@pytest.mark.parametrize("method", ["average", "ties", "model_stock"])
+def test_batch_norm_and_no_linear_layer(tmp_path, method):
+    """The counts of training steps are the base's; a merge of any tensor needs no linear layer, also with a head."""
+    sources = resnets(tmp_path, (3, 5))
+    report = coterie.merge(method=method, head="b", out=tmp_path / "out", **sources)
+    base, a, b, out = (tensors(tmp_path / name) for name in ("base", "a", "b", "out"))
+    counts = [name for name in base if name.endswith("num_batches_tracked")]
+    assert counts and all(out[name].equal(base[name]) for name in counts)
+    assert {report.kept[name] for name in counts} == {"count of training steps, the base's"}
+    assert out["classifier.1.weight"].equal(b["classifier.1.weight"])
+    if method == "average":
+        for name in set(base) - set(counts):
+            if "classifier" not in name:
+                torch.testing.assert_close(out[name], (a[name] + b[name]) / 2, rtol=0, atol=1e-6)
+    tf.AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+
+
+def test_what_a_model_without_linear_layers_is_refused(tmp_path):
+    sources = resnets(tmp_path)
+    with pytest.raises(coterie.CoterieError, match=r"no linear layer is left that iso_c could merge.*task_arithmetic"):
+        coterie.merge(method="iso_c", out=tmp_path / "out", **sources)
+    far = {"method": "task_arithmetic", "parameters": {"scale": 30.0}, **sources}
+    with pytest.raises(coterie.CoterieError, match="negative variances"):
+        coterie.merge(out=tmp_path / "out", **far)
+    coterie.merge(out=tmp_path / "out", others={"*.running_*": "average"}, **far)
+
+
 @pytest.mark.parametrize("arch", ["mixtral", "qwen3_moe", "deepseek_v3", "gpt2", "vit"])
 def test_methods_for_matrices_see_the_linear_layers(tmp_path, arch):
     sources = write(tmp_path, arch)
@@ -276,6 +318,28 @@ def test_the_union_of_vocabularies(tmp_path, tied):
     model = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.config.vocab_size == 5
     assert any("2 tokens" in warning for warning in report.warnings)
+
+
+@pytest.mark.parametrize("vocabulary", ["union", "base"])
+def test_what_is_tied_to_the_output_has_its_rows(tmp_path, vocabulary):
+    """BERT's decoder: its weight is the embedding's, its bias that of the module around it."""
+    for seed, (name, words) in enumerate(WORDS.items()):
+        torch.manual_seed(seed)
+        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+        model = tf.BertForMaskedLM(tf.BertConfig(vocab_size=len(words), **sizes))
+        torch.nn.init.normal_(model.cls.predictions.bias)
+        model.save_pretrained(tmp_path / name)
+        tokenizer(tmp_path / name, words)
+    experts = {name: str(tmp_path / name) for name in ("a", "b")}
+    keys = {"method": "average", "base": str(tmp_path / "base"), "experts": experts, "vocabulary": vocabulary}
+    report = coterie.merge(keys, out=tmp_path / "out")
+    w, x, y, z = (tensors(tmp_path / name)["cls.predictions.bias"] for name in ("base", "a", "b", "out"))
+    wanted = [(x[0] + y[0]) / 2, (x[2] + y[1]) / 2, (x[1] + w[2]) / 2, (x[3] + y[2]) / 2, y[3]]
+    wanted = torch.stack(wanted)[: 5 if vocabulary == "union" else 3]
+    torch.testing.assert_close(z, wanted, rtol=0, atol=1e-6)
+    assert any("takes the base's" in warning for warning in report.warnings) == (vocabulary == "base")
+    model, info = tf.BertForMaskedLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["mismatched_keys"] and model.cls.predictions.decoder.bias is model.cls.predictions.bias
 
 
 def test_the_base_of_vocabularies(tmp_path):

@@ -15,7 +15,9 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+import coterie
 from coterie.cli import main
+from coterie.errors import CoterieError
 from zoo import base_model, fine_tune, make_adapter, save
 
 Q = "model.layers.1.self_attn.q_proj.weight"
@@ -129,7 +131,7 @@ def test_options_stand_alone(place: Place):
         ({"parameters": {"scale": [{"glob": "*", "value": 0.3}]}}, ("write {filter: GLOB, value: VALUE}",)),
         ({"others": "smooth"}, ("unknown method 'smooth'",)),
         ({"others": "ties"}, ("'ties' cannot be what other tensors follow",)),
-        ({"head": "c"}, ("head is 'c'", "no expert")),
+        ({"head": "c"}, (".yaml: head is 'c'", "no expert")),
         ({"norm_budget": 0.0}, ("norm_budget",)),
         ({"seed": -1}, ("seed",)),
         ({"vocabulary": "both"}, ("vocabulary",)),
@@ -137,13 +139,77 @@ def test_options_stand_alone(place: Place):
         ({"vocab": "base"}, ("unknown key 'vocab'", "did you mean 'vocabulary'")),
         ({"experts": {}}, ("the list of experts is empty",)),
         ({"method": "fisher"}, ("needs statistics", "coterie statistics")),
-        ({"dtype": "int8"}, ("dtype",)),
+        ({"dtype": "int8"}, ("dtype is 'int8'", "float16")),
+        ({"dtype": "bf16"}, ("dtype is 'bf16'", "did you mean 'bfloat16'?")),
+        ({"experts": None}, (": experts is missing",)),
+        (
+            {"experts": {"a": {"source": "x", "weight": "much"}}},
+            ("experts.a.weight is 'much'; it must be a valid num",),
+        ),
         ({"method": "slerp", "experts": {"a": "a"}}, ("no such directory",)),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_bad_recipes(place: Place, changes: dict[str, Any], said: tuple[str, ...]):
     place.refuses(place.recipe(**changes), *said)
+
+
+def test_another_source_keeps_what_the_recipe_says_of_an_expert(place: Place):
+    """`--expert a=OTHER` over a recipe: its weight stays, and so do the other experts."""
+    experts = {"a": {"source": str(place.root / "nowhere"), "weight": 0.5}, "b": str(place.root / "b")}
+    (place.root / "recipe.yaml").write_text(yaml.safe_dump(place.recipe(experts=experts)))
+    options = ["--expert", f"a={place.root / 'a'}", "--expert", f"c={place.root / 'b'}"]
+    code, _, err = place.run("merge", str(place.root / "recipe.yaml"), *options, "-o", str(place.root / "out"))
+    assert code == 0, err
+    written = json.loads((place.root / "out" / "merge.json").read_text())["recipe"]["experts"]
+    assert {name: (Path(e["source"]).name, e["weight"]) for name, e in written.items()} == {
+        "a": ("a", 0.5), "b": ("b", 1.0), "c": ("b", 1.0),
+    }  # fmt: skip
+
+
+def test_what_was_given_instead_of_a_recipe(place: Place):
+    place.refuses([str(place.root)], "is a directory; give a recipe")
+    place.refuses([str(place.root / "recpie.yaml")], "no such file")
+    (place.root / "recipe.yaml").write_text("")
+    place.refuses([str(place.root / "recpie.yaml")], "no such file", f"did you mean '{place.root / 'recipe.yaml'}'?")
+    place.refuses({"merge_method": "linear", "models": []}, "is a configuration of mergekit's", "--mergekit FILE")
+
+
+def test_what_a_dry_run_says(place: Place):
+    """It needs no free output; what it says of bytes is what happens, in however many passes."""
+    (place.root / "out").mkdir()
+    make_adapter(place.root / "base", place.root / "other", 2, rank=2, arch="llama")
+    adapters = {"x": str(place.root / "adapter"), "y": str(place.root / "other")}
+    cases: list[dict[str, Any]] = [
+        {"method": "ties"},
+        {"method": "ties", "dtype": "bfloat16"},
+        {"method": "average", "experts": {"a": str(place.root / "a"), "x": str(place.root / "adapter")}},
+        {"method": "squeeze", "experts": adapters, "parameters": {"rank": 3}},
+        {"method": "squeeze", "experts": adapters},
+        {"method": "concatenate", "experts": adapters},
+    ]
+    for index, changes in enumerate(cases):
+        (place.root / "recipe.yaml").write_text(yaml.safe_dump(place.recipe(**changes)))
+        given = [str(place.root / "recipe.yaml"), "--json", "-o"]
+        code, out, err = place.run("merge", *given, str(place.root / "out"), "--dry-run")
+        assert code == 0, err
+        planned = json.loads(out)
+        done = json.loads(place.run("merge", *given, str(place.root / f"out{index}"))[1])
+        assert (planned["bytes_read"], planned["bytes_written"]) == (done["bytes_read"], done["bytes_written"]), changes
+        assert planned["passes"] == (3 if changes["method"] == "ties" else 1)
+    card = (place.root / "out5" / "README.md").read_text()
+    assert "library_name: peft" in card and "A LoRA adapter for `LlamaForCausalLM`, of" in card
+    assert "library_name: transformers" in (place.root / "out0" / "README.md").read_text()
+
+
+def test_resuming_what_is_finished(place: Place):
+    (place.root / "recipe.yaml").write_text(yaml.safe_dump(place.recipe()))
+    given = [str(place.root / "recipe.yaml"), "-o", str(place.root / "out")]
+    assert place.run("merge", *given)[0] == 0
+    place.refuses([given[0], "--resume"], "is finished", "--force")
+    place.refuses(given[:1], "exists already")
+    with pytest.raises(CoterieError, match="is finished"):
+        coterie.merge(place.recipe(), out=place.root / "out", resume=True)
 
 
 def test_keys_that_would_say_nothing(place: Place):
@@ -304,7 +370,12 @@ def test_a_buffer_that_differs(tmp_path: Path, capsys: Any, monkeypatch: Any):
         file = tmp_path / name / "model.safetensors"
         position_ids = torch.arange(64)[None] + value
         save_file(load_file(file) | {"bert.embeddings.position_ids": position_ids}, file, {"format": "pt"})
-    place.refuses(place.recipe(), "position_ids", "differs")
+    place.refuses(place.recipe(), "position_ids", "differs", 'others: {"bert.embeddings.position_ids": base}')
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(place.recipe(others={"bert.embeddings.position_ids": "base"})))
+    code, _, err = place.run("merge", str(tmp_path / "recipe.yaml"), "-o", str(tmp_path / "out"))
+    assert code == 0, err
+    held = load_file(tmp_path / "out" / "model.safetensors")["bert.embeddings.position_ids"]
+    assert held.equal(torch.arange(64)[None])
 
 
 def test_a_tokenizer_that_cannot_be_read(place: Place):

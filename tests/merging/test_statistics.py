@@ -12,8 +12,20 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
+import coterie
 from coterie.errors import CoterieError
-from coterie.merging.statistics import fisher, gather, gram, read, read_texts, require_kind, require_shape
+from coterie.merging.statistics import (
+    fisher,
+    gather,
+    gram,
+    read,
+    read_texts,
+    require_kind,
+    require_own,
+    require_shape,
+)
+from coterie.sources.checkpoint import Checkpoint
+from coterie.sources.locate import locate
 
 
 class Linear(nn.Module):
@@ -200,6 +212,18 @@ def test_gathering_from_a_checkpoint(tmp_path: Path, kind: Any) -> None:
     assert found.rows == (3 if kind == "fisher" else 7 + 3 * 2)
     torch.testing.assert_close(read(out).tensors, found.tensors)
     assert str(found.rows) in found.summary()
+    again = bert()
+    again.save_pretrained(tmp_path / "model", max_shard_size="5KB")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    require_own(out, Checkpoint.open(locate(str(tmp_path / "model"))))  # the same tensors in other files
+    torch.nn.init.ones_(again.classifier.bias)
+    again.save_pretrained(tmp_path / "other")
+    with pytest.raises(CoterieError, match=r"statistics of another checkpoint .*model\) than .*other"):
+        require_own(out, Checkpoint.open(locate(str(tmp_path / "other"))))
+    method = "fisher" if kind == "fisher" else "regmean"
+    experts = {n: {"source": str(tmp_path / n), "statistics": str(out)} for n in ("model", "other")}
+    with pytest.raises(CoterieError, match="give each expert its own file"):
+        coterie.merge(method=method, base=str(tmp_path / "model"), experts=experts, out=tmp_path / "merged")
     with pytest.raises(CoterieError, match="exists already"):
         gather(str(tmp_path / "model"), data, kind, out)
     data.write_text("")

@@ -175,7 +175,7 @@ def compress(
         "experts": {"fine-tune": str(expert)},
         "architecture": architecture,
     }
-    inputs = open_inputs(read_recipe(recipe), token)
+    inputs = open_inputs(read_recipe(recipe), token, "what is built of it")
     source = inputs.experts[0]
     if not isinstance(source, FullExpert) or not isinstance(source.view, View):
         raise CoterieError("is an adapter, which is small already", str(expert), "give a full fine-tune")

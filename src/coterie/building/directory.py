@@ -99,6 +99,15 @@ def whole_directory(
                 parent.rmdir()
 
 
+def sweep(parent: Path) -> None:
+    """Remove what killed runs left in a directory, whatever they were making; what a living one writes in stays."""
+    for folder in parent.glob(".*.partial-*"):
+        lock = _lock(folder)
+        if lock is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            lock.close()
+
+
 def _put_back(out: Path) -> None:
     """A result that a killed run had moved aside."""
     old = out.with_name(f".{out.name}.previous")

@@ -17,9 +17,18 @@ from ..mixture.layer import MIXTURE_OF, MixtureConv1D, is_mixture
 from ..sources.locate import locate
 from .directory import whole_directory
 from .finish import copy_inputs
+from .lora import BOTTLENECK, write_adapter
 
 
-def extract_expert(source: str | Path, name: str, out: str | Path, force: bool = False, **kwargs: Any) -> None:
+def extract_expert(
+    source: str | Path,
+    name: str,
+    out: str | Path,
+    force: bool = False,
+    adapter: bool = False,
+    base: str | None = None,
+    **kwargs: Any,
+) -> None:
     """Write one expert as a dense model: base + its (truncated, weighted) delta, its bias and its head.
 
     What followed `others` in the build is as in the mixture; `rank: full` gives the expert's linears back to rounding.
@@ -29,10 +38,13 @@ def extract_expert(source: str | Path, name: str, out: str | Path, force: bool =
         name: the expert.
         out: the directory to make.
         force: replace an existing directory.
+        adapter: write a PEFT LoRA adapter of the base instead: its factors as they are, `lora_alpha` their scale, and
+            as `modules_to_save` whatever else differs from the base (a trained head).
+        base: directory or Hub id (`id@revision`) of the base model, where the mixture does not name it or it has moved.
         **kwargs: as `coterie.load` takes them.
 
     Raises:
-        CoterieError: no such expert, or `out` exists.
+        CoterieError: no such expert, `out` exists, or the expert is nothing that an adapter can hold.
     """
     from ..mixture.load import load, read_spec
 
@@ -41,9 +53,16 @@ def extract_expert(source: str | Path, name: str, out: str | Path, force: bool =
         raise CoterieError(f"no expert {name!r}", str(source), f"known: {', '.join(names)}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that heads are to be selected: one is, below
-        model = load(str(source), **kwargs)
+        light = bool(read_spec(locate(str(source), kwargs.get("token"))).get("base"))
+        model = load(str(source), **kwargs, **({"base": base} if light else {}))
     handle = model.coterie
     index = handle.expert_names.index(name)
+    if adapter:
+        write_adapter(model, index, base, Path(out), force, kwargs.get("token"))
+        return
+    bent = [n for n, m in model.named_modules() if is_mixture(m) and not m.bank.linear]
+    if bent:
+        raise CoterieError(f"expert {name!r} is {BOTTLENECK} (at {bent[0]!r})", str(source), "keep the mixture")
     bare = [n for n, m in model.named_modules() if is_mixture(m) and m.bias is None and m.bank.shape.bias]
     if bare:
         raise CoterieError(

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
 from functools import partial
 from glob import escape
 from pathlib import Path
@@ -26,7 +27,8 @@ from ..experts.factorise import factorise, frobenius
 from ..mixture.layer import MIXTURE_OF, widths
 from ..mixture.sites import Sites, choose_sites
 from ..recipe import Modules, read_recipe
-from ..sources.delta import Delta
+from ..sources.checkpoint import is_counter
+from ..sources.delta import Delta, Dense
 from ..sources.experts import same
 from .directory import whole_directory
 from .engines import default_jobs, in_threads, one_thread
@@ -37,15 +39,18 @@ from .progress import progress
 from .report import by_kind, spread
 from .writer import ShardWriter
 
+# Model types whose fused kernels read `out_proj.weight` itself, so that PEFT refuses to adapt it.
+_MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+
 
 @dataclass
 class ExtractedLayer:
-    """What became of one linear layer.
+    """What became of one linear layer, or of the routed experts that one 3-D parameter holds.
 
     Attributes:
-        path: its module path.
+        path: its module path; or the parameter's name.
         d_in, d_out: its widths.
-        rank: of its factors; 0 where fine-tuning left it alone.
+        rank: of its factors, of each expert's; 0 where fine-tuning left it alone.
         residual: `|delta - B A| / |delta|` in Frobenius norm, with the factors as they are written.
         excess: certified: before rounding, the residual is at most `1 + excess` times the least that the rank allows.
         norm: `|delta| / |W|`.
@@ -176,7 +181,7 @@ class _How:
 
 @dataclass(frozen=True)
 class _Step:
-    """A linear layer, or a module of another kind with the names of its tensors."""
+    """A linear layer; the routed experts that a module holds in 3-D parameters; or a module of another kind."""
 
     path: str
     kind: str = "layer"
@@ -187,7 +192,7 @@ class _Step:
 @dataclass
 class _Made:
     tensors: dict[str, torch.Tensor]
-    layer: ExtractedLayer | None
+    layers: list[ExtractedLayer]
     rest: dict[str, Rest]
     sha256: dict[str, dict[str, str]]
 
@@ -247,14 +252,15 @@ def extract(
     })  # fmt: skip
     how = _How(rank, residual, rest, head, getattr(torch, recipe.dtype) if recipe.dtype else None, device)
     _check(how, jobs)
-    inputs = open_inputs(recipe, token)
+    inputs = open_inputs(recipe, token, "the adapter")
     if inputs.experts[0].kind != "full fine-tune":
         raise CoterieError("is an adapter already", str(finetuned), "give a full fine-tune")
     sites = _sites(inputs)
     steps = _steps(inputs, sites)
     report = ExtractReport(str(base), str(finetuned), str(out), warnings=inputs.warnings)
     report.left_out = {f"{source}: {n}": why for source, names in inputs.left_out.items() for n, why in names.items()}
-    largest = max(inputs.skeleton.tensors[f"{path}.weight"].numel() for path in sites.layers)
+    adapted = [n for step in steps for n in _adapted(step)]
+    largest = max(inputs.skeleton.tensors[name].numel() for name in adapted)
     jobs = jobs or default_jobs(largest * (4 * 4 + 8 * 5), device)
     with PeakMemory() as memory, one_thread(), whole_directory(Path(out), force, 0, inputs.folders) as folder:
         writer = ShardWriter(folder, 2**62, _names(inputs, steps))  # PEFT reads one file, whatever its size
@@ -263,7 +269,7 @@ def extract(
                 for name, tensor in made.tensors.items():
                     writer.add(f"base_model.model.{name}", tensor)
                     report.parameters += tensor.numel()
-                report.layers += [made.layer] if made.layer else []
+                report.layers += made.layers
                 report.rest |= made.rest
                 for source, hashes in made.sha256.items():
                     inputs.checkpoints[source].sha256.update(hashes)
@@ -308,25 +314,60 @@ def _sites(inputs: Inputs) -> Sites:
     # wherever they occur: a shared expert's gate_proj cannot be adapted beside it.
     gathered = {pattern.split(".")[-2] for pattern in getattr(skeleton, "converter_of", {}) if pattern.count(".")}
     taken = [path for path, module in skeleton.model.named_modules() if path.rpartition(".")[2] in gathered]
-    taken = [path for path in taken if type(skeleton.module(path)) in MIXTURE_OF]
-    modules = Modules(include=modules.include, exclude=[*modules.exclude, *map(escape, taken)])
-    sites = choose_sites(skeleton.model, missing, modules, "base", None, skeleton.tied, inputs.warnings)
-    sites.why_dense |= {f"{path}.weight": "linear layer that PEFT takes for a routed expert" for path in taken}
+    refused = dict.fromkeys(taken, "linear layer that PEFT takes for a routed expert")
+    if getattr(skeleton.model.config, "model_type", None) in _MAMBA:
+        paths = [path for path, _ in skeleton.model.named_modules() if path.rpartition(".")[2] == "out_proj"]
+        refused |= dict.fromkeys(paths, "linear layer that PEFT refuses to adapt")
+        inputs.warnings.append(f"{len(paths)} layers out_proj are not adapted: PEFT refuses to in models of this type")
+    refused = {path: why for path, why in refused.items() if type(skeleton.module(path)) in MIXTURE_OF}
+    modules = Modules(include=modules.include, exclude=[*modules.exclude, *map(escape, refused)])
+    sites = choose_sites(skeleton.model, missing, modules, "base", None, skeleton.tied, inputs.warnings, needed=False)
+    sites.why_dense |= {f"{path}.weight": why for path, why in refused.items()}
+    if not sites.layers and not _fused(inputs, sites):
+        kinds = [(c.location.json("config.json") or {}).get("model_type") for c in inputs.checkpoints.values()]
+        if len(set(kinds)) > 1:
+            what = f"the fine-tune is a {kinds[1]!r} model and the base a {kinds[0]!r} model"
+            raise CoterieError(what, "extract", "give the base that it was tuned from")
+        what = f"no linear layer of {type(skeleton.model).__name__} is left to adapt"
+        raise CoterieError(what, "extract", "check --include and --exclude")
     return sites
+
+
+def _fused(inputs: Inputs, sites: Sites) -> list[str]:
+    """The 3-D parameters that hold routed experts and that the recipe's globs choose."""
+    modules, found = inputs.recipe.modules, []
+    for name, why in sites.why_dense.items():
+        chosen = any(fnmatchcase(name, g) for g in modules.include) and not any(
+            fnmatchcase(name, g) for g in modules.exclude
+        )
+        several = why == "fused 3-D expert weights" and len(inputs.skeleton.tensors[name]) > 1
+        if several and chosen and name.split(".")[-2].endswith("experts"):
+            found.append(name)
+    return found
+
+
+def _adapted(step: _Step) -> list[str]:
+    """The names of the tensors that a step may adapt."""
+    return [f"{step.path}.weight"] if step.kind == "layer" else list(step.tensors) if step.kind == "experts" else []
 
 
 def _steps(inputs: Inputs, sites: Sites) -> list[_Step]:
     """The layers; and what else there is by the modules that PEFT would save whole, outermost first."""
-    skeleton = inputs.skeleton
-    modules = {name.rpartition(".")[0] for name in sites.others} - {""}
-    outer = [m for m in modules if not any(m.startswith(f"{other}.") for other in modules)]
-    owner = {n: next((m for m in outer if n.startswith(f"{m}.")), "") for n in sites.others}
+    skeleton, fused = inputs.skeleton, _fused(inputs, sites)
+    others = [name for name in sites.others if name not in fused]
+    modules = {name.rpartition(".")[0] for name in others} - {""}
+    adapted = [*sites.layers, *fused]
+    whole = {m for m in modules if not any(path.startswith(f"{m}.") for path in adapted)}
+    outer = [m for m in whole if not any(m.startswith(f"{other}.") for other in whole)]
+    owner = {n: next((m for m in outer if n.startswith(f"{m}.")), n.rpartition(".")[0]) for n in others}
     steps = [_Step(path) for path in sites.layers]
+    for module in dict.fromkeys(name.rpartition(".")[0] for name in fused):
+        steps.append(_Step(module, "experts", tuple(n for n in fused if n.rpartition(".")[0] == module)))
     for module in dict.fromkeys(owner.values()):
         names = tuple(n for n in owner if owner[n] == module)
         kinds = {sites.why_dense[name].partition(" (")[0] for name in names}
         kind = "head" if "output head" in kinds else ", ".join(sorted(kinds))
-        inside = [path for path in sites.layers if path.startswith(f"{module}.")]
+        inside = [path for path in adapted if path.startswith(f"{module}.")]
         why = "a bare parameter of the model" if not module else f"{inside[0]} is adapted inside it" if inside else ""
         steps.append(_Step(module, kind, names, why))
     for path in sites.heads:
@@ -339,17 +380,19 @@ def _names(inputs: Inputs, steps: Iterable[_Step]) -> list[str]:
     """The names that an extraction writes, at most."""
     prefix = "base_model.model."
     leaves = ("lora_A.weight", "lora_B.weight", "base_layer.bias")
-    layers = [f"{prefix}{step.path}.{leaf}" for step in steps if step.kind == "layer" for leaf in leaves]
+    layers = [f"{prefix}{name}.{leaf}" for step in steps for name in _adapted(step) for leaf in leaves]
     return layers + [f"{prefix}{name}" for step in steps for name in step.tensors]
 
 
 def _make(inputs: Inputs, how: _How, step: _Step) -> _Made:
     """Run one step; it has no effect beyond what it gives back."""
-    made = _Made({}, None, {}, {})
+    made = _Made({}, [], {}, {})
     inputs = inputs.reader()
     with torch.autocast(torch.device(how.device).type, enabled=False):
         if step.kind == "layer":
             _layer(inputs, how, step.path, made)
+        elif step.kind == "experts":
+            _experts(inputs, how, step, made)
         else:
             _module(inputs, how, step, made)
     made.sha256 = {source: c.sha256 for source, c in inputs.checkpoints.items() if c.sha256}
@@ -362,7 +405,8 @@ def _layer(inputs: Inputs, how: _How, path: str, made: _Made) -> None:
     transposed = isinstance(module, Conv1D)
     weight = inputs.base.get(f"{path}.weight")
     d_in, d_out = widths(module)
-    made.layer = layer = ExtractedLayer(path, d_in, d_out)
+    layer = ExtractedLayer(path, d_in, d_out)
+    made.layers.append(layer)
     delta = expert.delta(path, weight, transposed)
     if delta is not None:
         delta = delta.to(how.device)
@@ -388,6 +432,42 @@ def _layer(inputs: Inputs, how: _How, path: str, made: _Made) -> None:
             made.tensors[f"{path}.{leaf}"] = value.to(how.dtype or bias.dtype)
 
 
+def _experts(inputs: Inputs, how: _How, step: _Step, made: _Made) -> None:
+    """The routed experts of a module, each with factors of its own, as PEFT's `target_parameters` hold them.
+
+    Of E experts and rank r, `lora_A` is (E r, in), expert by expert, and `lora_B` (out, r E), rank by rank. Where
+    several parameters of a module are adapted, PEFT wraps the first of them innermost.
+    """
+    turned = getattr(inputs.skeleton.module(step.path), "is_transposed", False)  # (E, in, out)
+    pairs = []
+    for name in step.tensors:
+        base = inputs.base.get(name)
+        value = inputs.experts[0].value(name, base)
+        unchanged = value is None or same(value, base)
+        deltas = torch.zeros_like(base) if value is None else value.float() - base.float()
+        deltas = deltas.transpose(1, 2) if turned else deltas
+        count, d_out, d_in = deltas.shape
+        layer = ExtractedLayer(name, d_in, d_out)
+        made.layers.append(layer)
+        if unchanged:
+            continue
+        ranks = [how.rank or _smallest_rank(Dense(d), how.residual or 0.0) for d in deltas if d.any()]
+        layer.rank = min(max(ranks), d_in, d_out)
+        dtype = how.dtype or base.dtype
+        up, down = torch.zeros(count, d_out, layer.rank, dtype=dtype), torch.zeros(count, layer.rank, d_in, dtype=dtype)
+        for index, delta in enumerate(deltas):
+            factors = factorise(Dense(delta).to(how.device), layer.rank)
+            root = factors.s.sqrt()
+            up[index, :, : len(root)], down[index, : len(root)] = factors.u * root, root[:, None] * factors.vt
+            layer.excess = max(layer.excess, factors.excess)
+        norm = _frobenius(deltas)
+        layer.residual, layer.norm = _frobenius(deltas - up.float() @ down.float()) / norm, norm / _frobenius(base)
+        pairs.append((down.reshape(-1, d_in), up.permute(1, 2, 0).reshape(d_out, -1)))
+    for depth, (down, up) in enumerate(reversed(pairs)):
+        path = step.path + depth * ".base_layer"
+        made.tensors |= {f"{path}.lora_A.weight": down, f"{path}.lora_B.weight": up}
+
+
 def _smallest_rank(delta: Delta, wanted: float) -> int:
     """The least rank whose best approximation leaves at most `wanted` of the delta's Frobenius norm."""
     matrix = delta.dense().double()
@@ -406,6 +486,9 @@ def _module(inputs: Inputs, how: _How, step: _Step, made: _Made) -> None:
         value = expert.value(name, base, any_shape=step.kind == "head")
         if value is None or (base is not None and value.shape == base.shape and same(value, base)):
             values[name] = base
+            continue
+        if is_counter(name):
+            values[name] = value
             continue
         if not value.is_floating_point():
             raise CoterieError(
@@ -469,6 +552,7 @@ def _config(inputs: Inputs, report: ExtractReport) -> dict[str, Any]:
     """What PEFT reads; what is not said here has its default there."""
     skeleton = inputs.skeleton
     ranks = {layer.path: layer.rank for layer in report.layers if layer.rank}
+    linear = {path for path in ranks if path not in skeleton.tensors}
     usual = Counter(ranks.values()).most_common(1)[0][0]
     patterns = {f"^{re.escape(path)}": rank for path, rank in ranks.items() if rank != usual}
     biased = [path for path, rest in report.rest.items() if rest.saved and rest.kind == "bias of a linear layer"]
@@ -481,12 +565,13 @@ def _config(inputs: Inputs, report: ExtractReport) -> dict[str, Any]:
         "lora_alpha": usual,
         "rank_pattern": patterns,
         "alpha_pattern": patterns,
-        "target_modules": _targets(skeleton.model, set(ranks)),
+        "target_modules": peft_targets(skeleton.model, linear),
+        "target_parameters": sorted(set(ranks) - linear) or None,
         "modules_to_save": modules or None,
         "bias": "all" if biased else "none",
-        "fan_in_fan_out": any(isinstance(skeleton.module(path), Conv1D) for path in ranks),
+        "fan_in_fan_out": any(isinstance(skeleton.module(path), Conv1D) for path in linear),
         "ensure_weight_tying": bool(tied & set(modules)),
-        "task_type": _task(skeleton.model, any(r.saved and r.kind == "head" for r in report.rest.values())),
+        "task_type": peft_task(skeleton.model, any(r.saved and r.kind == "head" for r in report.rest.values())),
         "base_model_name_or_path": location.id if location.revision else str(location.path.resolve()),
         "revision": location.revision,
         "lora_dropout": 0.0,
@@ -494,7 +579,7 @@ def _config(inputs: Inputs, report: ExtractReport) -> dict[str, Any]:
     }
 
 
-def _targets(model: Any, adapted: set[str]) -> list[str] | str:
+def peft_targets(model: Any, adapted: set[str]) -> list[str] | str:
     """The adapted layers as PEFT looks for them: by their last names where that hits no other module, else by path."""
     others: dict[str, bool] = {}
     for path, _ in model.named_modules():
@@ -508,7 +593,7 @@ def _targets(model: Any, adapted: set[str]) -> list[str] | str:
     return sorted(found)
 
 
-def _task(model: Any, heads: bool) -> str | None:
+def peft_task(model: Any, heads: bool) -> str | None:
     """PEFT's name for what the model does; none where its class for that would ask for a head that is left out."""
     import transformers
 

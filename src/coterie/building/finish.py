@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..sources.locate import hub_id
+
 if TYPE_CHECKING:
     from ..mixture.spec import MixtureSpec
     from .inputs import Inputs
@@ -91,7 +93,7 @@ def card(inputs: Inputs, report: BuildReport, light: bool) -> str:
     import yaml
 
     ids = [inputs.recipe.base, *(e.source for e in inputs.recipe.experts.values())]
-    hub = [i.partition("@")[0] for i in ids if not Path(i).exists()]
+    hub = list(dict.fromkeys(repository for source in ids if (repository := hub_id(source))))
     meta: dict[str, Any] = {"library_name": "transformers", "tags": ["coterie", "moe", "merge", report.method]}
     if hub:
         meta |= {"base_model": hub, "base_model_relation": "merge"}

@@ -111,8 +111,8 @@ def _again(view: View | ModuleView) -> View | ModuleView:
     return twin
 
 
-def open_inputs(recipe: Recipe, token: str | None = None) -> Inputs:
-    """Locate every source, read every header, and bring all names into one.
+def open_inputs(recipe: Recipe, token: str | None = None, result: str = "the mixture") -> Inputs:
+    """Locate every source, read every header, and bring all names into one; `result` is what warnings call it.
 
     Raises:
         CoterieError: a source that is missing, damaged, quantised, or of another architecture than the rest.
@@ -127,7 +127,7 @@ def open_inputs(recipe: Recipe, token: str | None = None) -> Inputs:
     full = {n: p for n, p in places.items() if not p.is_adapter}
     configs = {name: _config(place, architecture.config_class) for name, place in full.items()}
     labels = {key: getattr(config, key, None) for key in LABELS}
-    notes = config_notes(config.to_dict(), {name: each.to_dict() for name, each in configs.items()})
+    notes = config_notes(config.to_dict(), {name: each.to_dict() for name, each in configs.items()}, result)
     if configs:  # the head that the mixture shows by default is the first full fine-tune's
         first = next(iter(configs.values()))
         config.id2label, config.label2id = dict(first.id2label), dict(first.label2id)
@@ -154,7 +154,7 @@ def open_inputs(recipe: Recipe, token: str | None = None) -> Inputs:
             notes += _coverage_notes(expert, skeleton, base, heads)
         experts.append(expert)
         left_out[f"expert {name}"] = expert.left_out
-    notes += tokenizer_notes(where, places)
+    notes += tokenizer_notes(where, places, result)
     for name, tensor in skeleton.tensors.items():
         shape = base.shape(name) if name in base else None
         if shape is not None and shape != tuple(tensor.shape) and name.rpartition(".")[0] not in heads:
@@ -261,10 +261,12 @@ def _full_expert(
         raise CoterieError("shares no tensor with the base model", where, "use experts of this base")
     heads = head_paths(skeleton)
     for tensor in skeleton.tensors:
-        if tensor not in view or tensor not in base or tensor.rpartition(".")[0] in heads:
+        if tensor not in view or tensor not in base:
             continue
         ours, theirs = base.shape(tensor), view.shape(tensor)
         if ours is None or theirs is None or ours == theirs:
+            continue
+        if tensor.rpartition(".")[0] in heads and not skeleton.is_vocabulary(tensor):
             continue
         if (
             len(ours) == len(theirs)

@@ -31,22 +31,33 @@ _HARMLESS = (
 )
 
 
-def config_notes(base: dict[str, Any], experts: dict[str, dict[str, Any]], result: str = "the mixture") -> list[str]:
-    """Settings in which an expert's model differs from the base's: the result computes with the base's."""
+def config_notes(
+    base: dict[str, Any], experts: dict[str, dict[str, Any]], result: str = "the mixture", of: str = "the base"
+) -> list[str]:
+    """Settings in which an expert's model differs from the base's: the result computes with the base's.
+
+    Args:
+        base: configuration of the base.
+        experts: of each expert.
+        result: what the notes call what is made.
+        of: what they call the base.
+    """
     notes = []
     for name, theirs in experts.items():
         differ = [
-            f"{key} ({theirs.get(key)!r}, the base's {base.get(key)!r})"
+            f"{key} ({theirs.get(key)!r}, {of}'s {base.get(key)!r})"
             for key in sorted({*base, *theirs})
             if base.get(key) != theirs.get(key) and not any(part in key for part in _HARMLESS)
         ]
         if differ:
-            notes.append(f"expert {name!r} was configured differently: {'; '.join(differ)}; {result} runs as the base")
+            notes.append(f"expert {name!r} was configured differently: {'; '.join(differ)}; {result} runs as {of}")
     return notes
 
 
-def tokenizer_notes(base: Location, places: dict[str, Location], result: str = "the mixture") -> list[str]:
-    """Tokenizers and chat templates that differ from the base's: the result takes the base's, and says so."""
+def tokenizer_notes(
+    base: Location, places: dict[str, Location], result: str = "the mixture", of: str = "the base"
+) -> list[str]:
+    """Tokenizers and chat templates that differ from the base's: the result takes the base's; as `config_notes`."""
     notes = []
     for name, place in places.items():
         for file, key in (
@@ -62,5 +73,5 @@ def tokenizer_notes(base: Location, places: dict[str, Location], result: str = "
             else:
                 same = (base.json(file) or {}).get(key) == (place.json(file) or {}).get(key)
             if not same:
-                notes.append(f"{key or file} of expert {name!r} differs from the base's; {result} takes the base's")
+                notes.append(f"{key or file} of expert {name!r} differs from {of}'s; {result} takes {of}'s")
     return notes

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..errors import CoterieError
+from ..sources.checkpoint import is_counter
 from ..sources.experts import ExpertSource, same
 from .report import Followed
 
@@ -38,7 +39,7 @@ def follow(
     total = torch.zeros_like(base, dtype=torch.float32) if policy == "average" else None
     for expert in experts:
         value = expert.value(name, base)
-        if value is None or same(value, base):
+        if value is None or is_counter(name) or same(value, base):
             continue
         if not base.is_floating_point():
             raise CoterieError(

@@ -25,7 +25,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import CoterieError
-from ..recipe import nearest
+from ..recipe import nearby, nearest
 from ..sources.locate import locate
 from .metrics import MOST_CLASSES
 from .reader import Reader
@@ -69,6 +69,8 @@ def read(path: Path) -> Suite:
         CoterieError: the file cannot be read, a key is unknown (names the nearest) or of a wrong kind, or a metric does
             not fit the reader.
     """
+    if not path.is_file():
+        raise CoterieError("no such file", str(path), nearby(path, Path.is_file) or "give a suite's name, or its YAML")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -201,7 +203,8 @@ def load_table(path: Path) -> Any:
     if path.suffix.lower() not in FORMATS:
         raise CoterieError("is no CSV, JSONL or Parquet file", str(path), f"known: {', '.join(FORMATS)}")
     if not path.is_file():
-        raise CoterieError("no such file", str(path), "check the path; it is relative to the working directory")
+        hint = nearby(path, Path.is_file) or "check the path; it is relative to the working directory"
+        raise CoterieError("no such file", str(path), hint)
     try:
         import datasets
     except ImportError:

@@ -40,7 +40,7 @@ def look(opened: Opened, token: str | None) -> None:
     if recipe.others is not None or recipe.vocabulary != "error":
         key = "others" if recipe.others is not None else "vocabulary"
         raise CoterieError(f"{key} says nothing to method {name}, which merges factors", "recipe", "leave it out")
-    inputs = opened.inputs = open_inputs(as_build(recipe), token)
+    inputs = opened.inputs = open_inputs(as_build(recipe), token, "the merge")
     opened.warnings, opened.left_out = inputs.warnings, inputs.left_out
     opened.checkpoints = {n: c for n, c in inputs.checkpoints.items() if n != "base"}
     paths = {path: None for expert in _adapters(opened) for path in expert.adapted}
@@ -55,6 +55,11 @@ def _adapters(opened: Opened) -> list[AdapterExpert]:
     return [e for e in inputs.experts if isinstance(e, AdapterExpert)] if inputs else []
 
 
+def configs(opened: Opened) -> list[dict[str, Any]]:
+    """The adapters' configurations."""
+    return [expert.config for expert in _adapters(opened)]
+
+
 def _saved(opened: Opened) -> list[str]:
     """The tensors that adapters hold whole: those of the named head, or those that all have alike."""
     recipe, adapters = opened.recipe, _adapters(opened)
@@ -64,7 +69,7 @@ def _saved(opened: Opened) -> list[str]:
             opened.left_out[f"expert {expert.name}"] |= (
                 {} if expert.name == recipe.head else dict.fromkeys(expert.saved, why)
             )
-        return next(e.saved for e in adapters if e.name == recipe.head)
+        return list(next(e.saved for e in adapters if e.name == recipe.head))
     names = sorted({name for expert in adapters for name in expert.saved})
     for name in names:
         values = [expert.value(name, None) for expert in adapters]
@@ -75,6 +80,18 @@ def _saved(opened: Opened) -> list[str]:
                 f"say whose the merge takes, as `head: {recipe.names[0]}`",
             )
     return names
+
+
+def written(opened: Opened) -> int:
+    """About how many bytes the merged adapter takes, from headers: of the rank that the recipe names, else at most."""
+    total = 0
+    for step in opened.steps:
+        ranks = [rank for expert in _adapters(opened) if (rank := expert.rank_bound(step))]
+        shape = opened.skeleton.tensors[f"{step}.weight" if ranks else step].shape
+        given = opened.parameters.of(f"{step}.weight")
+        rank = (given["rank"] or max(ranks, default=0)) if "rank" in given else sum(ranks)
+        total += rank * sum(shape) if ranks else shape.numel()
+    return total * opened.floating.itemsize
 
 
 def merged_factors(opened: Opened, adapters: list[AdapterExpert], path: str) -> tuple[LowRank, Line]:
@@ -125,7 +142,7 @@ def make_adapter_step(opened: Opened, step: str) -> MadeFactors:
     if any(step in expert.adapted for expert in adapters):
         merged, made.line = merged_factors(opened, adapters, step)
         made.rank = merged.up.shape[1]
-        dtype = opened.dtype(next(info.dtype for c in opened.checkpoints.values() for info in c.tensors.values()))
+        dtype = opened.floating
         parts = {"lora_A": merged.down.to(dtype), "lora_B": merged.up.to(dtype)} if made.rank else {}
         if not all(torch.isfinite(part).all() for part in parts.values()):
             raise CoterieError(
@@ -145,18 +162,20 @@ def make_adapter_step(opened: Opened, step: str) -> MadeFactors:
     return made
 
 
-def write_config(folder: Path, opened: Opened, ranks: dict[str, int], saved: list[str]) -> None:
+def write_config(
+    folder: Path, configs: list[dict[str, Any]], base: str | None, ranks: dict[str, int], saved: list[str]
+) -> None:
     """adapter_config.json: alpha is the rank everywhere, for all scale is in lora_B.
 
     Args:
         folder: of the adapter.
-        opened: the sources.
+        configs: those of the adapters that it was made of.
+        base: its base, where they do not agree on one.
         ranks: module path -> rank of the merged factors.
         saved: names of the tensors that are held whole.
     """
     if not ranks:
         raise CoterieError("no adapter changes any layer: the merge would be empty", "experts", "check their weights")
-    configs = [expert.config for expert in _adapters(opened)]
     bases = {config.get("base_model_name_or_path") for config in configs}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     pattern = {path: r for path, r in sorted(ranks.items()) if r != rank}
@@ -165,7 +184,7 @@ def write_config(folder: Path, opened: Opened, ranks: dict[str, int], saved: lis
     config = {
         "peft_type": "LORA",
         "task_type": configs[0].get("task_type"),
-        "base_model_name_or_path": bases.pop() if len(bases) == 1 else opened.recipe.base,
+        "base_model_name_or_path": bases.pop() if len(bases) == 1 else base,
         "r": rank,
         "lora_alpha": rank,
         "rank_pattern": pattern,

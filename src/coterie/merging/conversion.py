@@ -32,18 +32,20 @@ def look(opened: Opened, token: str | None) -> None:
     """Open the sources through the skeleton, and find the linear layers and the heads.
 
     Raises:
-        CoterieError: tensors that have no place, or heads that differ where the recipe names none.
+        CoterieError: tensors that have no place, heads that differ where the recipe names none, or a method for
+            matrices where the recipe chooses none.
     """
-    inputs = opened.inputs = open_inputs(as_build(opened.recipe), token)
+    inputs = opened.inputs = open_inputs(as_build(opened.recipe), token, "the merge")
     skeleton, base = inputs.skeleton, inputs.stored
-    opened.warnings += inputs.warnings
+    united = opened.vocabulary is not None and opened.recipe.vocabulary == "union"  # says so itself
+    opened.warnings += [w for w in inputs.warnings if not (united and w.startswith("tokenizer.json of "))]
     opened.left_out = inputs.left_out
     missing = {name for name in skeleton.tensors if name not in base and name not in skeleton.tied}
     seen = probe(skeleton.model) if opened.method.acts_on == "matrix" else None
     called = None if seen is None else seen.called
     modules = opened.recipe.modules
     sites = opened.sites = choose_sites(
-        skeleton.model, missing, modules, "base", called, skeleton.tied, opened.warnings
+        skeleton.model, missing, modules, "base", called, skeleton.tied, opened.warnings, needed=False
     )
     opened.config["architectures"] = [type(skeleton.model).__name__]
     _heads(opened, inputs, sites)
@@ -55,6 +57,14 @@ def look(opened: Opened, token: str | None) -> None:
     for name, why in sites.why_dense.items():
         if why == "fused 3-D expert weights" and _chosen(name, modules):
             opened.matrices[name] = False
+    others, method = opened.recipe.others, opened.method
+    if not opened.matrices and (method.acts_on == "matrix" or (isinstance(others, str) and others != method.name)):
+        raise CoterieError(
+            f"no linear layer is left that {method.name} could merge",
+            "modules",
+            "check the include and exclude globs; where a model has no such layers, choose a merge of any tensor, "
+            "such as task_arithmetic, without `others`",
+        )
     if opened.vocabulary is not None:
         _extend(opened, inputs)
     if opened.through_skeleton:

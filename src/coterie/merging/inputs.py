@@ -18,16 +18,17 @@ import torch
 
 from ..errors import CoterieError
 from ..recipe import Expert, MergeRecipe, Modules, Recipe
-from ..sources.checkpoint import Checkpoint, headers
+from ..sources.checkpoint import Checkpoint, headers, is_counter
 from ..sources.locate import PATTERNS, Location, locate
 from .registry import MergeMethod, Parameters, get, is_by_pattern, value_for
 from .stack import Part, Stack, held, stored
-from .statistics import require_kind
+from .statistics import require_kind, require_own
 from .steps import Treatment
 
 if TYPE_CHECKING:
     from ..building.inputs import Inputs
     from ..mixture.sites import Sites
+    from ..sources.names import Skeleton
     from .vocabulary import Vocabulary
 
 KEEP = "base"
@@ -146,6 +147,32 @@ class Opened:
         wanted = self.recipe.dtype
         return getattr(torch, wanted) if wanted and dtype.is_floating_point else dtype
 
+    @property
+    def floating(self) -> torch.dtype:
+        """The dtype of the first floating tensor, as it is written."""
+        found = (info.dtype for info in self.own.tensors.values() if info.dtype.is_floating_point)
+        return self.dtype(next(found, torch.float32))
+
+    @property
+    def skeleton(self) -> Skeleton:
+        """The architecture."""
+        from ..sources.names import Skeleton
+
+        if self.inputs is None or not isinstance(self.inputs.skeleton, Skeleton):
+            raise TypeError("these sources were not opened through the skeleton")
+        return self.inputs.skeleton
+
+    def bytes_written(self) -> int:
+        """About how many bytes of tensors the merge writes, from headers."""
+        if self.method.acts_on == "factors":
+            from .adapters import written
+
+            return written(self)
+        if not self.through_skeleton:
+            return sum(info.numel * self.dtype(info.dtype).itemsize for info in self.own.tensors.values())
+        tensors = (t for name, t in self.skeleton.tensors.items() if name not in self.skeleton.tied)
+        return sum(t.numel() * (self.floating.itemsize if t.is_floating_point() else t.itemsize) for t in tensors)
+
     def head_of(self, memory: str) -> int | None:
         """The expert whose head a tensor is taken from; None where it is merged."""
         if self.recipe.head is None or self.sites is None:
@@ -155,11 +182,13 @@ class Opened:
 
     def treatment(self, stack: Stack, memory: str, transposed: bool | None) -> Treatment:
         """What is done with a tensor; `transposed` is None for what is no linear layer's weight."""
-        if not stack.dtype.is_floating_point:
-            return Treatment(None, "integer buffer", exact=True)
         policy = self.policy(stack.key, transposed is not None)
         if policy == KEEP:
             return Treatment(None, "the base's, as `others` has it")
+        if is_counter(stack.name):
+            return Treatment(None, "count of training steps, the base's")
+        if not stack.dtype.is_floating_point:
+            return Treatment(None, "integer buffer", exact=True)
         method = self.others.get(policy, self.method)
         own = method is self.method
         parameters = self.parameters.of(stack.key) if own else method.defaults
@@ -182,10 +211,12 @@ class Opened:
         if self.head_of(memory) is not None:
             return f"the head of {self.recipe.head!r}"
         info = self.own.tensors.get(step)
+        policy = self.policy(step, memory in self.matrices)
+        if policy == KEEP or is_counter(step):
+            return "kept: the base's"
         if info is not None and not info.dtype.is_floating_point:
             return "kept: integer buffer"
-        policy = self.policy(step, memory in self.matrices)
-        return "kept: the base's" if policy == KEEP else f"merged by {policy}"
+        return f"merged by {policy}"
 
     def policy(self, name: str, is_matrix: bool) -> str:
         """The merge that a tensor follows, by name, or `base`."""
@@ -232,6 +263,9 @@ def open_merge(recipe: MergeRecipe, token: str | None = None, device: str = "cpu
         raise CoterieError(f"modules says nothing to method {method.name}", "recipe", "leave it out")
     statistics = _open_statistics(recipe, method)
     places = {name: locate(expert.source, token) for name, expert in recipe.experts.items()}
+    for name, checkpoint in zip(recipe.names, statistics or (), strict=False):
+        if not places[name].is_adapter:  # whose statistics are those of the model that it was merged into
+            require_own(checkpoint.location.path, Checkpoint.open(places[name]))
     reference = next(iter(places.values())) if recipe.base is None else locate(recipe.base, token)
     adapter = next((name for name, place in places.items() if place.is_adapter), None)
     if recipe.base is None and adapter is not None:
@@ -263,7 +297,7 @@ def open_merge(recipe: MergeRecipe, token: str | None = None, device: str = "cpu
 
         look(opened, token)
     else:
-        opened.warnings += _config_notes(config, places)
+        opened.warnings += _notes(opened)
         _take_labels(opened, next(iter(places.values())))
     if not opened.through_skeleton:
         opened.steps = list(opened.own.tensors)
@@ -378,10 +412,16 @@ def _must_know(opened: Opened) -> bool:
     )
 
 
-def _config_notes(config: dict[str, Any], places: dict[str, Location]) -> list[str]:
-    from ..building.notes import config_notes
+def _notes(opened: Opened) -> list[str]:
+    """Where configurations, tokenizers and chat templates differ."""
+    from ..building.notes import config_notes, tokenizer_notes
 
-    return config_notes(config, {name: _raw_config(place) for name, place in places.items()}, "the merge")
+    words = ("the merge", "the base" if opened.recipe.base else "the first expert")
+    configs = {name: _raw_config(place) for name, place in opened.places.items()}
+    return [
+        *config_notes(opened.config, configs, *words),
+        *tokenizer_notes(opened.reference, opened.places, *words),
+    ]
 
 
 def _take_labels(opened: Opened, place: Location) -> None:

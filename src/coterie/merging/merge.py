@@ -28,6 +28,7 @@ from ..building.progress import progress
 from ..building.writer import ShardWriter
 from ..errors import CoterieError
 from ..recipe import MergeRecipe, read_merge_recipe
+from ..sources.locate import hub_id
 from .inputs import Opened, open_merge
 from .registry import cases, is_by_pattern
 from .report import Line, MergeReport
@@ -99,9 +100,9 @@ def merge(
     given = _recipe(recipe, keys)
     out = Path(out)
     if os.path.lexists(out) and not force:
-        raise CoterieError(
-            "exists already", str(out), "choose another directory, or replace it with --force (force=True)"
-        )
+        finished = resume and (out / "merge.json").is_file()
+        what = "is finished: nothing of it is left to resume" if finished else "exists already"
+        raise CoterieError(what, str(out), "choose another directory, or replace it with --force (force=True)")
     started = time.monotonic()
     opened = open_merge(given, token, device, report == "full")
     jobs = jobs or default_jobs(memory_of(opened), device)
@@ -118,7 +119,7 @@ def merge(
     identity = _plain(
         {"recipe": given.model_dump(mode="json"), **same, "versions": versions(), "sources": opened.files()}
     )
-    needed = sum(info.bytes for info in opened.own.tensors.values())
+    needed = opened.bytes_written()
     with (
         PeakMemory() as memory,
         one_thread(),
@@ -175,7 +176,9 @@ class MergePlan:
     Attributes:
         method, architecture, experts: as it would run.
         tensors: what becomes of them -> how many.
-        bytes_read, bytes_written: traffic of tensors.
+        bytes_read: of the sources' tensors, each once.
+        passes: how often they are read.
+        bytes_written: of tensors, about.
         memory: anonymous memory beyond the interpreter's own, about, in bytes.
         jobs: tensors at a time.
         warnings: a sentence each.
@@ -186,6 +189,7 @@ class MergePlan:
     experts: list[str]
     tensors: dict[str, int]
     bytes_read: int
+    passes: int
     bytes_written: int
     memory: int
     jobs: int
@@ -199,7 +203,7 @@ class MergePlan:
         """The plan for a terminal."""
         head = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
         head.add_row("plan", f"{self.method} of {len(self.experts)} experts in {self.architecture}")
-        head.add_row("reads", f"{self.bytes_read / 1e9:.3f} GB")
+        head.add_row("reads", f"{self.bytes_read / 1e9:.3f} GB" + (f", {self.passes} times" if self.passes > 1 else ""))
         head.add_row("writes", f"about {self.bytes_written / 1e9:.3f} GB")
         memory = f"about {self.memory / 1e9:.3f} GB beyond the interpreter's own, for {self.jobs} tensors at a time"
         head.add_row("memory", memory)
@@ -217,14 +221,14 @@ def plan(
     become = Counter(opened.becomes(step) for step in opened.steps)
     sizes = {source: sum(info.bytes for info in c.tensors.values()) for source, c in opened.checkpoints.items()}
     passes = 1 + _passes(opened)
-    own = sum(info.numel * opened.dtype(info.dtype).itemsize for info in opened.own.tensors.values())
     return MergePlan(
         opened.method.name,
         opened.architecture,
         opened.recipe.names,
         dict(become),
-        passes * sum(sizes.values()),
-        own,
+        sum(sizes.values()),
+        passes,
+        opened.bytes_written(),
         jobs * memory_of(opened),
         jobs,
         opened.warnings,
@@ -321,9 +325,10 @@ def _plain(data: Any) -> Any:
 def _write_metadata(folder: Path, opened: Opened, account: MergeReport, ranks: dict[str, int]) -> None:
     """Everything of the directory but its weights."""
     if opened.method.acts_on == "factors":
-        from .adapters import write_config
+        from .adapters import configs, write_config
 
-        write_config(folder, opened, {path: rank for path, rank in ranks.items() if rank}, list(account.kept))
+        ranks = {path: rank for path, rank in ranks.items() if rank}
+        write_config(folder, configs(opened), opened.recipe.base, ranks, list(account.kept))
     else:
         copy_inputs(opened.reference.path, folder)
         if opened.vocabulary is not None:
@@ -352,24 +357,27 @@ def card(opened: Opened, account: MergeReport) -> str:
     """The model card, with Hub metadata."""
     import yaml
 
-    ids = [opened.recipe.base, *(e.source for e in opened.recipe.experts.values())]
-    hub = [i.partition("@")[0] for i in ids if i and not Path(i).exists()]
-    meta: dict[str, Any] = {"library_name": "transformers", "tags": ["coterie", "merge", account.method]}
+    adapter = opened.method.acts_on == "factors"
+    ids = [opened.recipe.base, *(() if adapter else (e.source for e in opened.recipe.experts.values()))]
+    hub = list(dict.fromkeys(found for source in ids if source and (found := hub_id(source))))
+    library, relation = ("peft", "adapter") if adapter else ("transformers", "merge")
+    meta: dict[str, Any] = {"library_name": library, "tags": ["coterie", "merge", account.method]}
     if hub:
-        meta |= {"base_model": hub, "base_model_relation": "merge"}
+        meta |= {"base_model": hub, "base_model_relation": relation}
     parameters = ", ".join(f"{k} = {v}" for k, v in account.parameters.items()) or "no parameters"
     rows = "\n".join(
         f"| `{json.dumps(name, ensure_ascii=False)[1:-1]}` | {_number(cosine)} |"
         for name, cosine in zip(account.experts, account.total.cosines, strict=True)
     )
     notes = "".join(f"\n- {warning}" for warning in account.warnings)
+    made = f"A LoRA adapter for `{account.architecture}`," if adapter else f"A `{account.architecture}`"
     return f"""---
 {yaml.safe_dump(meta, sort_keys=False).strip()}
 ---
 
 # {len(account.experts)} experts, merged by {account.method}
 
-A `{account.architecture}` of {account.parameters_written:,} parameters: {opened.method.summary}
+{made} of {account.parameters_written:,} parameters: {opened.method.summary}
 ({parameters}; {opened.method.cite}.)
 Made with [coterie](https://pypi.org/project/coterie/); `merge.json` records every source and how far each tensor moved.
 

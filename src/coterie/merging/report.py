@@ -58,11 +58,16 @@ class Line:
     def d_in(self) -> int:
         return prod(self.shape[1:])
 
+    def take(self, sums: Sequence[float]) -> None:
+        """Add sums in this order: squares, products, mass, net."""
+        count = len(self.squares)
+        self.squares = [a + b for a, b in zip(self.squares, sums[:count], strict=True)]
+        self.products = [a + b for a, b in zip(self.products, sums[count:-2], strict=True)]
+        self.mass, self.net = self.mass + sums[-2], self.net + sums[-1]
+
     def add(self, other: Line) -> None:
         """Take another tensor's sums into this one's."""
-        self.squares = [a + b for a, b in zip(self.squares, other.squares, strict=True)]
-        self.products = [a + b for a, b in zip(self.products, other.products, strict=True)]
-        self.mass, self.net = self.mass + other.mass, self.net + other.net
+        self.take([*other.squares, *other.products, other.mass, other.net])
 
     @property
     def base(self) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import math
 import os
@@ -10,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CoterieError
+from ..sources.checkpoint import Checkpoint
+from ..sources.locate import locate
 
 Batch = Mapping[str, Tensor]
 Kind = Literal["fisher", "gram"]
@@ -33,6 +36,7 @@ class Statistics:
         rows: how many examples (Fisher) or unpadded tokens (Gram; of the layer that saw most) they are a mean over.
         model: the model's id or path, as it knows it.
         norm: the length of all Fisher diagonals together before they were divided by it; 1 for Gram matrices.
+        fingerprint: of the checkpoint, as `fingerprint` gives it; empty for a live model.
     """
 
     kind: Kind
@@ -40,6 +44,7 @@ class Statistics:
     rows: int
     model: str
     norm: float = 1.0
+    fingerprint: str = ""
 
     def write(self, file: str | Path, force: bool = False) -> None:
         """Write a safetensors file, which appears whole or not at all.
@@ -52,6 +57,7 @@ class Statistics:
         file = Path(file).absolute()
         require_free(file, force)
         provenance = {"kind": self.kind, "model": self.model, "rows": str(self.rows), "norm": repr(self.norm)}
+        provenance["fingerprint"] = self.fingerprint
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{file.name}.", dir=file.parent) as folder:
             staged = Path(folder) / file.name
@@ -76,7 +82,9 @@ def read(file: str | Path) -> Statistics:
     with safe_open(file, framework="pt") as opened:
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
     kind: Kind = "gram" if found["kind"] == "gram" else "fisher"
-    return Statistics(kind, tensors, int(found["rows"]), found["model"], float(found["norm"]))
+    return Statistics(
+        kind, tensors, int(found["rows"]), found["model"], float(found["norm"]), found.get("fingerprint", "")
+    )
 
 
 def require_kind(file: str | Path, kind: Kind) -> None:
@@ -88,6 +96,25 @@ def require_kind(file: str | Path, kind: Kind) -> None:
             str(file),
             f"make them with `coterie statistics --kind {kind}`",
         )
+
+
+def require_own(file: str | Path, expert: Checkpoint) -> None:
+    """Raise where a file holds the statistics of another checkpoint than the expert's; reads all of the expert."""
+    found = _provenance(file)
+    if found.get("fingerprint") and found["fingerprint"] != fingerprint(expert):
+        raise CoterieError(
+            f"holds the statistics of another checkpoint ({found['model']}) than {expert.location.path}",
+            str(file),
+            "give each expert its own file, or run `coterie statistics` on this expert",
+        )
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """sha256 over the names of a checkpoint's tensors and their values' hashes, whatever its shards."""
+    for name in checkpoint.tensors:
+        checkpoint.read(name)
+    lines = (f"{name} {sha256}" for name, sha256 in sorted(checkpoint.sha256.items()))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def fisher(
@@ -227,6 +254,7 @@ def gather(
             yield tokenizer(part, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
 
     found = fisher(model, batches()) if kind == "fisher" else gram(model, batches())
+    found = replace(found, fingerprint=fingerprint(Checkpoint.open(locate(source, token))))
     found.write(out, force)
     return found
 
@@ -293,8 +321,6 @@ def _provenance(file: str | Path) -> dict[str, str]:
 
 def _load(source: str, device: str, token: str | None) -> tuple[Any, Any]:
     import transformers
-
-    from ..sources.locate import locate
 
     place = locate(source, token)
     if place.is_adapter:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import combinations
@@ -20,6 +21,8 @@ from .stack import BLOCK, Part, Stack
 
 # Leading right singular directions whose overlap a full report measures.
 DIRECTIONS = 16
+# A sum of squares up to which no element is near the end of float32 or bfloat16.
+HUGE = 1e72
 
 
 @dataclass(frozen=True)
@@ -98,8 +101,17 @@ def merge_tensor(stack: Stack, how: Treatment, surveys: list[Any] | None = None)
         factor = 1.0 if reach is None or reach <= how.norm_budget else how.norm_budget / reach
     out = torch.empty(stack.numel, dtype=stack.dtype)
     line = _run(stack, how, surveys, factor, out)
-    if stack.dtype == torch.float16 and not torch.isfinite(out).all():
-        raise CoterieError(f"tensor {stack.name!r} overflows float16", "dtype", "write bfloat16 or float32")
+    if (stack.dtype == torch.float16 or max(line.squares) > HUGE) and not torch.isfinite(out).all():
+        half = stack.dtype == torch.float16
+        mend = "write bfloat16 or float32" if half else "check its parameters and the experts' weights"
+        what = f"tensor {stack.name!r} overflows {str(stack.dtype).removeprefix('torch.')}"
+        raise CoterieError(what, "dtype" if half else f"method {how.method.name}", mend)
+    if stack.name.endswith("running_var") and bool((out < 0).any()):
+        raise CoterieError(
+            f"the merge of {stack.name!r} holds negative variances",
+            f"method {how.method.name}",
+            'write `others: {"*.running_*": average}`, which keeps them positive',
+        )
     if how.full and how.matrix:
         line.overlap, line.chance = _overlap(stack, how)
     return Merged(out.view(stack.shape), line)
@@ -130,12 +142,12 @@ def survey_tensor(stack: Stack, how: Treatment, index: int, sums: list[Any]) -> 
 
 
 def add(one: Any, other: Any) -> Any:
-    """The sum of two results of a survey: tensors, or dicts of tensors; None counts as nothing."""
+    """The sum of two results of a survey, tensors or dicts of them, in the memory of the first; None is nothing."""
     if one is None or other is None:
         return other if one is None else one
     if isinstance(one, dict):
         return {key: add(one.get(key), other.get(key)) for key in {**one, **other}}
-    return one + other
+    return one.add_(other)
 
 
 def _run(stack: Stack, how: Treatment, surveys: list[Any] | None, factor: float, out: Tensor | None = None) -> Line:
@@ -155,24 +167,27 @@ def _run(stack: Stack, how: Treatment, surveys: list[Any] | None, factor: float,
         merged.copy_(made.reshape(-1))
         if factor != 1:
             merged.mul_(factor)
-        _measure(line, weighted, rows, spare)
-        if not isfinite(sum(line.squares) + line.mass):
-            _refuse(stack, how)
+        sums = _measure(weighted, rows, spare)
+        if not isfinite(sum(sums)):  # or finite values whose squares float32 does not hold
+            sums = _measure(weighted.double(), rows.double(), spare.double())
+            if not isfinite(sum(sums)):
+                _refuse(stack, how)
+        line.take(sums)
         if out is not None:
             torch.add(merged, base, out=spare)
             out[start:stop].copy_(spare)
     return line
 
 
-def _measure(line: Line, weighted: Tensor, rows: Tensor, spare: Tensor) -> None:
-    """Add a block's sums to a tensor's line; a value that is not finite shows in them."""
+def _measure(weighted: Tensor, rows: Tensor, spare: Tensor) -> list[float]:
+    """A block's sums, in the order of `Line.take`; a value that is not finite shows in them."""
     count = len(weighted)
-    merged = rows[count + 1]
-    squares = [float(torch.dot(row, row)) for row in rows[: count + 2]]
-    line.squares = [a + b for a, b in zip(line.squares, squares, strict=True)]
-    line.products = [a + b for a, b in zip(line.products, (rows[:count] @ merged).tolist(), strict=True)]
-    line.mass += sum(float(torch.abs(row, out=spare).sum()) for row in weighted)
-    line.net += float(torch.mv(weighted.T, torch.ones(count), out=spare).abs_().sum())
+    return [
+        *(float(torch.dot(row, row)) for row in rows[: count + 2]),
+        *(rows[:count] @ rows[count + 1]).tolist(),
+        sum(float(torch.abs(row, out=spare).sum()) for row in weighted),
+        float(torch.mv(weighted.T, torch.ones(count, dtype=weighted.dtype), out=spare).abs_().sum()),
+    ]
 
 
 def _weighted(deltas: Tensor, how: Treatment) -> Tensor:
@@ -234,7 +249,9 @@ def _copy(stack: Stack, how: Treatment) -> Tensor:
     for part in others if how.exact else []:
         if not torch.equal(part.read(0, stack.numel), tensor):
             raise CoterieError(
-                f"integer buffer {stack.name!r} differs from that of {own.where}", part.where, "use experts of one base"
+                f"integer buffer {stack.name!r} differs from that of {own.where}",
+                part.where,
+                f"if the base's is right for all, write `others: {{{json.dumps(stack.name)}: base}}`, with a base",
             )
     return tensor.to(stack.dtype).view(stack.shape)
 

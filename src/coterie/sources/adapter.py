@@ -23,8 +23,9 @@ _READABLE = {
     "peft_type", "task_type", "base_model_name_or_path", "revision", "auto_mapping", "peft_version",
     "inference_mode", "runtime_config", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora",
     "use_dora", "bias", "lora_bias", "modules_to_save", "fan_in_fan_out", "init_lora_weights", "lora_dropout",
-    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "ensure_weight_tying",
-    "megatron_config", "megatron_core", "eva_config", "corda_config", "loftq_config", "qalora_group_size",
+    "target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern",
+    "ensure_weight_tying", "megatron_config", "megatron_core", "eva_config", "corda_config", "loftq_config",
+    "qalora_group_size",
 }  # fmt: skip
 # Initialisations that subtract the adapter from the base: such an adapter does not belong to the base as published.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -34,7 +35,8 @@ class AdapterExpert(ExpertSource):
     """A PEFT LoRA (or DoRA) adapter directory.
 
     Read exactly: rank and alpha patterns, rsLoRA, biases of the low-rank pair, trained biases, `modules_to_save`,
-    LoRA on embeddings and convolutions, DoRA (as a dense delta). Everything else is refused by name.
+    LoRA on embeddings, convolutions and routed experts in one parameter (`target_parameters`), DoRA (as a dense delta).
+    Everything else is refused by name.
     """
 
     kind = "adapter"
@@ -50,11 +52,14 @@ class AdapterExpert(ExpertSource):
         self.checkpoint = Checkpoint.open(location, stem="adapter_model")
         self._parts: dict[str, dict[str, str]] = {}  # module path -> {lora_A, lora_B, ...: name on disk}
         self._values: dict[str, str] = {}  # tensor in memory -> name on disk, for whole tensors
+        self._fused: dict[str, dict[str, str]] = {}  # 3-D parameter in memory -> {lora_A, lora_B: name on disk}
         self._scale: dict[str, float] = {}
         for disk in self.checkpoint.tensors:
             self._place(disk)
         for path, parts in self._parts.items():
             self._validate(path, parts)
+        for name, parts in self._fused.items():
+            self._validate_fused(name, parts)
 
     def _refuse(self, what: str, mend: str) -> CoterieError:
         return CoterieError(what, f"adapter {self.name!r} ({self.location})", mend)
@@ -90,6 +95,11 @@ class AdapterExpert(ExpertSource):
             r"(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(\.weight|\.bias)?", name
         )
         if match:
+            fused = self._parameter(match[1])
+            if fused is not None:
+                self._fused.setdefault(fused, {})[match[2]] = disk
+                self._scale.setdefault(fused, self._scaling(fused))
+                return
             path = self._module(match[1], disk)
             self._parts.setdefault(path, {})[match[2] + ("_bias" if match[3] == ".bias" else "")] = disk
             self._scale.setdefault(path, self._scaling(match[1]))
@@ -113,6 +123,17 @@ class AdapterExpert(ExpertSource):
             raise self._refuse(f"tensor {disk!r} has no place in the base model", "use the base it was trained on")
         else:
             self.left_out[disk] = f"not part of {type(self.skeleton.model).__name__}"
+
+    def _parameter(self, path: str) -> str | None:
+        """The parameter that factors at this path adapt by themselves; PEFT wraps a module's first one innermost."""
+        module = path
+        while module.endswith(".base_layer"):
+            module = module.removesuffix(".base_layer")
+        wanted = self.config.get("target_parameters") or ()
+        names = [n for n in self.skeleton.tensors if n.rpartition(".")[0] == module]
+        names = [n for n in names if any(n == w or n.endswith(f".{w}") for w in wanted)]
+        depth = path.count(".base_layer", len(module))
+        return names[-1 - depth] if depth < len(names) else None
 
     def _module(self, path: str, disk: str) -> str:
         memory, pattern = self.skeleton.in_memory(f"{path}.weight")
@@ -156,6 +177,26 @@ class AdapterExpert(ExpertSource):
         if not fits:
             raise shape_error(f"{path}.weight", (up[0] if up else 0, *down[1:]), weight, self)
 
+    def _validate_fused(self, name: str, parts: dict[str, str]) -> None:
+        count, *widths = self.skeleton.tensors[name].shape
+        if set(parts) != {"lora_A", "lora_B"} or len(widths) != 2 or count < 2:
+            raise self._refuse(f"parameter {name!r} has no pair of factors for each expert", "fetch the adapter again")
+        down, up = (self.checkpoint.tensors[parts[part]].shape for part in ("lora_A", "lora_B"))
+        widths = widths if self._turned(name) else widths[::-1]
+        if [down[-1], up[0]] != widths or down[0] != up[-1] or down[0] % count:
+            raise shape_error(name, (count, up[0], down[-1]), (count, *widths[::-1]), self)
+
+    def _turned(self, name: str) -> bool:
+        """Whether a parameter holds its experts as (in, out)."""
+        return bool(getattr(self.skeleton.module(name.rpartition(".")[0]), "is_transposed", False))
+
+    def _fused_delta(self, name: str) -> torch.Tensor:
+        """The delta of routed experts in one parameter, float64: lora_A lies expert by expert, lora_B rank by rank."""
+        count = len(self.skeleton.tensors[name])
+        down, up = (self.checkpoint.read(self._fused[name][part]).double() for part in ("lora_A", "lora_B"))
+        delta = up.reshape(len(up), -1, count).permute(2, 0, 1) @ down.reshape(count, -1, down.shape[-1])
+        return self._scale[name] * (delta.transpose(1, 2) if self._turned(name) else delta)
+
     def _factors(self, path: str, tag: str = "lora_") -> LowRank:
         up, down = (self.checkpoint.read(self._parts[path][tag + side]) for side in "BA")
         return LowRank(up.double() * self._scale[path], down.double())
@@ -163,12 +204,12 @@ class AdapterExpert(ExpertSource):
     @property
     def adapted(self) -> list[str]:
         """Paths of the modules that it has factors for."""
-        return list(self._parts)
+        return [*self._parts, *self._fused]
 
     @property
-    def saved(self) -> list[str]:
-        """Names in memory of the tensors that it holds whole."""
-        return list(self._values)
+    def saved(self) -> dict[str, str]:
+        """The tensors that it holds whole: name in memory -> name on disk."""
+        return dict(self._values)
 
     def factors(self, path: str) -> LowRank | None:
         """The factors of a linear layer, float64; None where it has none.
@@ -176,22 +217,33 @@ class AdapterExpert(ExpertSource):
         Raises:
             CoterieError: what it does to this module is more than `W + up @ down`.
         """
-        parts = self._parts.get(path)
-        if parts is None:
+        if path not in self.adapted:
             return None
-        module = self.skeleton.module(path)
+        self.pair(path)
+        return self._factors(path)
+
+    def pair(self, path: str) -> tuple[str, str, float]:
+        """Where the factors of an adapted linear layer are: both names on disk, and s in `W + s up @ down`.
+
+        Raises:
+            CoterieError: what it does to this module is more than that.
+        """
+        if path in self._fused:
+            raise self._refuse(f"{path!r} holds the factors of many experts", "choose a merge of dense deltas")
+        parts, module = self._parts[path], self.skeleton.module(path)
         if set(parts) != {"lora_A", "lora_B"} or not isinstance(module, (nn.Linear, Conv1D)):
             extra = ", ".join(sorted(set(parts) - {"lora_A", "lora_B"})) or type(module).__name__
             raise self._refuse(
                 f"it is no plain pair of factors on {path!r} ({extra})", "choose a merge of dense deltas"
             )
-        return self._factors(path)
+        return parts["lora_B"], parts["lora_A"], self._scale[path]
 
     def has(self, name: str) -> bool:
         path, _, leaf = name.rpartition(".")
         low_rank = self._parts.get(path, {})
         return (
             name in self._values
+            or name in self._fused
             or (leaf == "weight" and bool(low_rank))
             or (leaf == "bias" and "lora_B_bias" in low_rank)
         )
@@ -203,6 +255,8 @@ class AdapterExpert(ExpertSource):
             raise shape_error(name, tuple(value.shape), tuple(base.shape), self)
         parts = self._parts.get(path, {})
         start = value if value is not None else base
+        if name in self._fused:
+            return None if start is None else (start.double() + self._fused_delta(name)).to(start.dtype)
         if leaf == "bias" and "lora_B_bias" in parts:
             extra = self.checkpoint.read(parts["lora_B_bias"]).double() * self._scale[path]
             return extra.float() if start is None else (start.double() + extra).to(start.dtype)
@@ -258,5 +312,6 @@ class AdapterExpert(ExpertSource):
     def bytes(self, name: str) -> int:
         path, _, leaf = name.rpartition(".")
         disk = [self._values[name]] if name in self._values else []
+        disk += self._fused.get(name, {}).values()
         disk += [d for part, d in self._parts.get(path, {}).items() if (part == "lora_B_bias") == (leaf == "bias")]
         return sum(self.checkpoint.tensors[d].bytes for d in disk)

@@ -178,6 +178,11 @@ def headers(file: Path) -> Iterator[tuple[str, TensorInfo]]:
         raise CoterieError(f"is truncated or damaged ({error})", str(file), "fetch it again") from None
 
 
+def is_counter(name: str) -> bool:
+    """Whether a tensor counts BatchNorm's training steps: fine-tunes differ in it, and evaluation never reads it."""
+    return name.endswith("num_batches_tracked")
+
+
 def digest(tensor: torch.Tensor) -> str:
     """sha256 of a tensor's bytes, in row-major order."""
     raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()

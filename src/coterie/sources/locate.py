@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CoterieError
+from ..recipe import nearby
 
 # What a build reads of a repository: weights, configuration, tokenizer or processor; never code or pickles.
 PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
@@ -45,7 +46,7 @@ def locate(source: str, token: str | None = None, patterns: list[str] = PATTERNS
     """Find a source on disk, or bring it from the Hub.
 
     Args:
-        source: a directory, or a Hub id, optionally with `@revision`.
+        source: a directory, or a Hub id, optionally with `@revision`; of an expert library, `LIBRARY#EXPERT`.
         token: Hub token; by default the one that `hf auth login` stored.
         patterns: which files to bring from the Hub.
 
@@ -56,6 +57,9 @@ def locate(source: str, token: str | None = None, patterns: list[str] = PATTERNS
     try:
         if path.is_dir():
             return Location(path, source)
+        if "#" in source and not path.exists():
+            library, _, name = source.partition("#")
+            return _of_library(library, name, token)
         if path.exists():
             raise CoterieError("is a file, not a model directory", source, "give the directory that holds config.json")
     except (OSError, ValueError) as error:
@@ -64,16 +68,48 @@ def locate(source: str, token: str | None = None, patterns: list[str] = PATTERNS
         raise CoterieError(f"is not a usable path ({error})", repr(source), "check the path") from None
     repo, _, revision = source.partition("@")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo) or source.startswith((".", os.sep, "~")):
-        raise CoterieError("no such directory, and not a Hub id", source, "check the path, or write ORG/NAME@REVISION")
+        hint = nearby(path, Path.is_dir) or "check the path, or write ORG/NAME@REVISION"
+        raise CoterieError("no such directory, and not a Hub id", source, hint)
     from huggingface_hub import snapshot_download
 
     try:
         folder = snapshot_download(repo, revision=revision or None, token=token, allow_patterns=patterns)
     except Exception as error:  # the Hub client raises many kinds: offline, missing, gated, wrong revision
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CoterieError(
-            f"no such directory, and the Hub has no copy to be had ({reason})",
-            source,
-            "check path, id, revision, token",
-        ) from None
+        hint = nearby(path, Path.is_dir) or "check the path, or id, revision and token"
+        raise CoterieError(f"no such directory, and {_why(error)}", source, hint) from None
     return Location(Path(folder), repo, Path(folder).name)
+
+
+def hub_id(source: str) -> str | None:
+    """The Hub repository that a source is in; None of a directory here."""
+    here = source if Path(source).exists() else source.partition("#")[0]
+    return None if Path(here).exists() else here.partition("@")[0]
+
+
+def _why(error: Exception) -> str:
+    """In a few words, why the Hub gave nothing."""
+    from huggingface_hub import errors
+
+    for kinds, why in (
+        (errors.GatedRepoError, "the Hub's copy is gated: ask for access on its page, and log in (`hf auth login`)"),
+        (errors.RevisionNotFoundError, "the Hub's copy has no such revision"),
+        ((errors.RepositoryNotFoundError, errors.HFValidationError), "the Hub shows you no such repository"),
+        ((errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled), "the Hub cannot be reached"),
+    ):
+        if isinstance(error, kinds):
+            return why
+    return f"the Hub has no copy to be had ({(str(error).strip() or type(error).__name__).splitlines()[0][:200]})"
+
+
+def _of_library(library: str, name: str, token: str | None) -> Location:
+    """The directory of an expert of a library; from the Hub nothing comes but the manifest and that directory."""
+    from .manifest import ADAPTER, EXPERTS, MANIFEST, folder_of, inside, read_manifest
+
+    place = locate(library, token, [MANIFEST])
+    entry = read_manifest(place).entry(name, f"library {library}")
+    if place.revision is not None:
+        locate(f"{place.id}@{place.revision}", token, [f"{EXPERTS}/{entry.folder}/*"])
+    folder = folder_of(place, name, entry)
+    for file in ADAPTER:
+        inside(folder, file)
+    return Location(folder, f"{library}#{name}", place.revision)

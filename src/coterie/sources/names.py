@@ -84,9 +84,13 @@ class Skeleton:
         return {key.rsplit(".", 1)[0] for key in self.tensors} | {p for p, _ in self.model.named_modules() if p}
 
     def is_vocabulary(self, name: str) -> bool:
-        """Whether a tensor has one row per word piece."""
-        module = self.module(name.rpartition(".")[0])
-        return module in (self.model.get_input_embeddings(), self.model.get_output_embeddings())
+        """Whether a tensor has one row per word piece: the embeddings' own, and what theirs are tied to."""
+        try:
+            embeddings = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
+        except NotImplementedError:  # a model of pixels
+            return False
+        names = (name, *(tied for tied, owner in self.tied.items() if owner == name))
+        return any(self.module(each.rpartition(".")[0]) in embeddings for each in names)
 
     def is_buffer(self, name: str) -> bool:
         """Whether a name is a buffer that the architecture computes by itself (older checkpoints hold some)."""

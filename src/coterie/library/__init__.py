@@ -1,0 +1,31 @@
+"""A library of experts: adapters of one base model, with what routers and retrieval need of each."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .encoder import SentenceEncoder
+    from .expert import Expert
+    from .index import Index
+    from .operations import known
+    from .store import Library, create, open
+
+_EXPORTS = {
+    "Expert": "expert",
+    "Index": "index",
+    "Library": "store",
+    "SentenceEncoder": "encoder",
+    "create": "store",
+    "known": "operations",
+    "open": "store",
+}
+
+__all__ = ["Expert", "Index", "Library", "SentenceEncoder", "create", "known", "open"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'coterie.library' has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)

@@ -1,0 +1,224 @@
+"""`coterie library`: a thin layer over `coterie.library`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import CoterieError
+
+app = typer.Typer(help="Keep adapters of one base model in a library.", no_args_is_help=True)
+
+Where = Annotated[str, typer.Argument(metavar="LIBRARY", help="The library's directory; to look at, also a Hub id.")]
+Name = Annotated[str, typer.Argument(help="The expert's name in the library.")]
+Description = Annotated[str | None, typer.Option(help="What the expert is for.")]
+Examples = Annotated[Path | None, typer.Option(help="A file of texts of its task, one on each line, for retrieval.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program instead of tables.")]
+Token = Annotated[str | None, typer.Option("--token", help="Hub token; default: the one `hf auth login` stored.")]
+
+
+@app.command()
+def create(
+    directory: Annotated[Path, typer.Argument(metavar="LIBRARY", help="The directory to make.")],
+    base: Annotated[str, typer.Option(help="Directory or Hub id (ID@REVISION) of the base of all its experts.")],
+    token: Token = None,
+    as_json: Json = False,
+) -> None:
+    """Make an empty library for the experts of a base model."""
+    from .store import create as run
+
+    made = run(directory, base, token)
+    about = {"path": str(directory), "base": made.base.model_dump()}
+    _say(f"{directory}: an empty library of experts of {base}", about, as_json)
+
+
+@app.command()
+def add(
+    library: Where,
+    name: Name,
+    source: Annotated[str, typer.Argument(help="Directory or Hub id of a PEFT adapter or a full fine-tune.")],
+    base: Annotated[
+        str | None, typer.Option(help="Its base, where the adapter does not say where that is; it is compared.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Of a full fine-tune: rank of every layer.")] = None,
+    residual: Annotated[
+        float | None, typer.Option(help="Instead: every layer's rank is the least that leaves this share of its delta.")
+    ] = None,
+    rest: Annotated[str, typer.Option(help="Of a full fine-tune: leave or save biases, norms, embeddings.")] = "leave",
+    head: Annotated[str, typer.Option(help="Of a full fine-tune: leave or save task heads.")] = "leave",
+    description: Description = None,
+    examples: Examples = None,
+    token: Token = None,
+    as_json: Json = False,
+) -> None:
+    """Copy an adapter into a library, or extract one from a full fine-tune."""
+    from ..cli import _console
+    from .store import open
+
+    made = open(library, token).add(
+        name, source, base=base, rank=rank, residual=residual, rest=rest, head=head, description=description,
+        examples=_lines(examples), console=None if as_json else _console(stderr=True),
+    )  # fmt: skip
+    _say(f"{name}: {made.entry.modules} modules, {made.path}", made.to_dict(), as_json)
+
+
+@app.command()
+def remove(library: Where, name: Name, as_json: Json = False) -> None:
+    """Take an expert out of a library."""
+    from .store import open
+
+    open(library).remove(name)
+    _say(f"{name}: removed", {"removed": name}, as_json)
+
+
+@app.command("list")
+def list_(library: Where, token: Token = None, as_json: Json = False) -> None:
+    """List a library's experts; nothing is read but its manifest."""
+    from rich.table import Table
+
+    from .expert import span
+    from .store import open
+
+    entries = open(library, token).entries()
+    if as_json:
+        _json({n: e.model_dump() for n, e in entries.items()})
+        return
+    table = Table(box=None)
+    for column in ("expert", "kind", "modules", "rank", "alpha", "parameters", "for", "source"):
+        table.add_column(column, overflow="fold")
+    for name, e in entries.items():
+        targets = f"{e.modules}: {', '.join(e.targets)}"
+        row = (name, e.kind, targets, span(e.ranks), f"{e.alpha:g}", f"{e.parameters:,}", e.description or "", e.source)
+        table.add_row(*map(_plain, row))
+    _print(table)
+
+
+@app.command()
+def show(library: Where, name: Name, token: Token = None, as_json: Json = False) -> None:
+    """Show one expert: source, hashes, layers, provenance, statistics."""
+    from .store import open
+
+    about = open(library, token)[name].to_dict()
+    if as_json:
+        _json(about)
+        return
+    from rich.table import Table
+
+    head = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for key in ("name", "kind", "source", "path", "description", "architecture", "alpha", "parameters"):
+        head.add_row(key, _plain(about[key] if about[key] is not None else "-"))
+    head.add_row("base", _plain(f"{about['base']['id']} ({about['base']['fingerprint'][:12]})"))
+    for key in ("examples", "statistics", "saved"):
+        head.add_row(key, _plain(", ".join(about[key]) or "-"))
+    for file, sha256 in about["sha256"].items():
+        head.add_row(_plain(file), sha256)
+    layers = Table(box=None)
+    for column in ("layer", "in -> out", "rank", "scale"):
+        layers.add_column(column, overflow="fold")
+    for path, layer in about["layers"].items():
+        layers.add_row(path, f"{layer['shape'][1]} -> {layer['shape'][0]}", str(layer["rank"]), f"{layer['scale']:g}")
+    _print(head, layers)
+
+
+@app.command()
+def verify(library: Where, as_json: Json = False) -> None:
+    """Hash every file again; the first that is missing or was changed ends in an error that names it."""
+    from .store import open
+
+    found = open(library)
+    faults = found.verify()
+    if as_json:
+        _json([vars(fault) for fault in faults])
+    if faults:
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        where = faults[0].file if faults[0].expert is None else f"expert {faults[0].expert!r}: {faults[0].file}"
+        raise CoterieError(f"{faults[0].what}{more}", where, "remove it, and add it again")
+    if not as_json:
+        _say(f"{len(found)} experts: every file is as it was added", None)
+
+
+@app.command()
+def combine(
+    library: Where,
+    operation: Annotated[str, typer.Argument(help="add, subtract, scale, negate, ext-sub or subtract-factors.")],
+    experts: Annotated[list[str], typer.Argument(help="What it is applied to, in order.")],
+    name: Annotated[str, typer.Option("--name", "-n", help="Of the new expert.")],
+    rank: Annotated[
+        int | None, typer.Option(help="Recompress every layer to this rank; what that leaves out is measured.")
+    ] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE of a parameter. Repeat it.")] = None,
+    base: Annotated[str | None, typer.Option(help="Where the library's base is, if it has moved.")] = None,
+    description: Description = None,
+    examples: Examples = None,
+    as_json: Json = False,
+) -> None:
+    """Make a new expert of others by arithmetic of their deltas: `library combine LIB subtract TASK GENERAL`."""
+    from ..cli import _number, _pairs
+    from .store import open
+
+    given: dict[str, Any] = {key: _number(value) for key, value in _pairs(set_ or [], "--set").items()}
+    report = open(library, base=base).combine(
+        name, operation, experts, rank=rank, description=description, examples=_lines(examples), **given
+    )
+    _say(f"{name}: {report.summary()}", report.to_dict(), as_json)
+
+
+@app.command()
+def operations(as_json: Json = False) -> None:
+    """List the operations of `combine` and their parameters."""
+    from .operations import known
+
+    listing = [{"name": o.name, "cite": o.cite, "summary": o.summary, "parameters": o.describe()} for o in known()]
+    if as_json:
+        _json(listing)
+        return
+    from rich.table import Table
+
+    table = Table(box=None)
+    for column in ("operation", "what it does", "parameter", "default", "meaning"):
+        table.add_column(column, overflow="fold")
+    for o in known():
+        p = (o.describe() or [dict.fromkeys(("name", "default", "meaning"), "")])[0]
+        row = (o.name, f"{o.summary} ({o.cite})", p["name"], str(p["default"]), p["meaning"])
+        table.add_row(*map(_plain, row))
+    _print(table)
+
+
+def _lines(file: Path | None) -> list[str]:
+    """The lines of a file of texts that are not empty."""
+    if file is None:
+        return []
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CoterieError(f"cannot be read ({error})", str(file), "give a text file") from None
+    return [line for line in lines if line.strip()]
+
+
+def _plain(text: Any) -> Any:
+    """Text that holds no markup."""
+    from rich.text import Text
+
+    return Text(str(text))
+
+
+def _print(*parts: Any) -> None:
+    from ..cli import _console
+
+    _console().print(*parts, sep="\n")
+
+
+def _json(data: Any) -> None:
+    typer.echo(json.dumps(data, indent=1, ensure_ascii=False))
+
+
+def _say(text: str, result: Any, as_json: bool = False) -> None:
+    if as_json:
+        _json(result)
+    else:
+        from ..cli import _console
+
+        _console().print(text, markup=False, soft_wrap=True)
