@@ -46,10 +46,16 @@ class _Strict(BaseModel):
 
 
 class Expert(_Strict):
-    """Where an expert is read from, and by how much its delta is scaled (never its score)."""
+    """Where an expert is read from, and by how much its delta is scaled (never its score).
+
+    Attributes:
+        statistics: a safetensors file of what its router is made of, for methods that need that (phatgoose); default:
+            what lies beside an expert of a library.
+    """
 
     source: str = Field(min_length=1)
     weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    statistics: str | None = None
 
 
 class Modules(_Strict):
@@ -95,7 +101,8 @@ class Recipe(_Named):
     Attributes:
         method: a name that `coterie methods` lists.
         base: directory or Hub id (`id@revision`) of the base model.
-        experts: name -> source (directory or Hub id; a full fine-tune or a PEFT adapter), or `{source, weight}`.
+        experts: name -> source (directory or Hub id; a full fine-tune or a PEFT adapter), or `{source, weight,
+            statistics}`.
         parameters: the method's parameters.
         modules: globs on module paths. Output heads become mixture layers only where a glob names them.
         others: what everything that is not a mixture layer follows, or `{glob: policy}` on tensor names.

@@ -128,6 +128,7 @@ def build(
     same = {"light": light, "device": device, "max_shard_bytes": max_shard_bytes}
     identity = _plain(
         {"recipe": given.model_dump(mode="json"), **same, "versions": versions(), "sources": inputs.files()}
+        | ({"statistics": ready.statistics.digests} if ready.statistics else {})
     )
     with (
         PeakMemory() as memory,

@@ -43,18 +43,26 @@ def build_in_memory(
     include: list[str] | None = None,
     exclude: list[str] | None = None,
     weights: dict[str, float] | None = None,
+    statistics: dict[str, str] | None = None,
     **parameters: Any,
 ) -> Any:
     """A mixture from live modules; the base and the experts stay as they are.
 
-    Args as in `coterie.smile`. The account of the build is `model.coterie.report`.
+    Args as in `coterie.smile`; statistics: name -> file, for methods whose routers need them. The account of the build is `model.coterie.report`.
     """
     if not isinstance(experts, dict):
         raise CoterieError("the experts are no mapping of names to modules", method, 'give {"name": module, ...}')
     strange = [name for name in weights or {} if name not in experts]
     if strange:
         raise CoterieError(f"weights name {strange[0]!r}, which is no expert", method, f"known: {', '.join(experts)}")
-    named = {name: {"source": "module", "weight": float((weights or {}).get(name, 1.0))} for name in experts}
+    named = {
+        name: {
+            "source": "module",
+            "weight": float((weights or {}).get(name, 1.0)),
+            "statistics": (statistics or {}).get(name),
+        }
+        for name in experts
+    }
     recipe = read_recipe(
         {
             "method": method,

@@ -69,9 +69,10 @@ class Plan:
     def tensor_names(self, experts: int) -> Iterator[str]:
         """The names that a build writes, at most."""
         for layer in self.layers:
-            leaves = ("base_weight", "bias", "bank.down", "bank.up", "bank.gate", "bank.bias")
+            leaves = ("base_weight", "bias", "bank.down", "bank.up", "bank.gate", "bank.bias", "router.score.weight")
             yield from (f"{layer.path}.{leaf}" for leaf in leaves)
         yield from self.others
+        yield "coterie_router.weight"
         yield from (f"{path}.{i}.{leaf}" for path in self.heads for i in range(experts) for leaf in "123456789")
 
     def to_dict(self) -> dict[str, Any]:
@@ -164,4 +165,6 @@ def _layer(inputs: Inputs, mixture: Mixture, path: str) -> PlannedLayer:
     bounds = [expert.rank_bound(path) for expert in inputs.experts]
     bias = any(expert.has(f"{path}.bias") for expert in inputs.experts)
     ranks, parameters = mixture.fitted.plan(d_in, d_out, bounds, bias)
+    if mixture.routing.score == "vectors":
+        parameters += d_in * sum(rank is not None for rank in ranks)
     return PlannedLayer(path, d_in, d_out, ranks, parameters)

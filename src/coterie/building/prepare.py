@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 from ..errors import CoterieError
@@ -11,11 +12,17 @@ from ..mixture.probe import Probe, probe
 from ..mixture.sites import Sites, choose_sites
 from ..recipe import Recipe
 from .inputs import Inputs, open_inputs
+from .statistics import RouterStatistics, find
 
 
 @dataclass
 class Prepared:
-    """A build before its first tensor is read; `siblings` are groups of layers that read the same input."""
+    """A build before its first tensor is read.
+
+    Attributes:
+        siblings: groups of layers that read the same input.
+        statistics: what the routers hold of the experts' data, where the method needs that.
+    """
 
     inputs: Inputs
     method: Method
@@ -23,6 +30,7 @@ class Prepared:
     mixture: Mixture
     sites: Sites
     siblings: list[list[str]]
+    statistics: RouterStatistics | None = None
 
 
 def prepare(recipe: Recipe, token: str | None = None) -> Prepared:
@@ -68,7 +76,17 @@ def sort(inputs: Inputs, missing: set[str], seen: Probe | None) -> Prepared:
         sites.heads.append(path)
     sites.others = {name: p for name, p in sites.others.items() if name not in per_expert}
     siblings = seen.siblings() if seen else []
-    return Prepared(inputs, method, parameters, method.assemble(**parameters), sites, siblings)
+    mixture, found = method.assemble(**parameters), None
+    if mixture.statistics is not None:
+        found = find(mixture.statistics, inputs, sites.layers)
+    own: dict[str, Any] = {} if found is None else found.options
+    if mixture.routing.score == "signal":
+        glob = mixture.routing.score_options["layer"]
+        if not any(fnmatchcase(path, glob) for path in sites.layers):
+            raise CoterieError(f"no mixture layer matches {glob!r}", "layer", f"there is {sites.layers[-1]!r}, say")
+        own = {"weights": [expert.weight for expert in inputs.experts]}
+    routing = replace(mixture.routing, score_options={**mixture.routing.score_options, **own})
+    return Prepared(inputs, method, parameters, replace(mixture, routing=routing), sites, siblings, found)
 
 
 def _require_module(inputs: Inputs, path: str, names: set[str]) -> None:

@@ -24,7 +24,8 @@ from .report import Followed
 
 
 class Step(NamedTuple):
-    """A `layer` that may become a mixture layer, a `tensor` that follows a policy, or a `head`; and its name."""
+    """A `layer` that may become a mixture layer, a `tensor` that follows a policy, a `head`, or the `router` of all
+    layers; and its name."""
 
     kind: str
     name: str
@@ -97,7 +98,7 @@ def steps_of(ready: Prepared) -> list[Step]:
     """The steps of a build in the order in which their tensors are written.
 
     First the layers that may become mixture layers, then one step per tensor (or group of tensors that one conversion
-    makes) outside them, then the heads.
+    makes) outside them, then the heads, and what routes for all layers.
     """
     steps = [Step("layer", path) for path in ready.sites.layers]
     done: set[str] = set()
@@ -105,7 +106,8 @@ def steps_of(ready: Prepared) -> list[Step]:
         if name not in done:
             steps.append(Step("tensor", name))
             done.update(ready.inputs.base.together(name))
-    return [*steps, *(Step("head", path) for path in ready.sites.heads)]
+    shared = [Step("router", "coterie_router")] if ready.mixture.routing.score == "retrieval" else []
+    return [*steps, *(Step("head", path) for path in ready.sites.heads), *shared]
 
 
 def make(ready: Prepared, options: Options, step: Step) -> Made:
@@ -116,7 +118,9 @@ def make(ready: Prepared, options: Options, step: Step) -> Made:
     """
     making = _Making(ready, options)
     with torch.autocast(torch.device(options.device).type, enabled=False):
-        {"layer": making.layer, "tensor": making.tensor, "head": making.head}[step.kind](step.name)
+        {"layer": making.layer, "tensor": making.tensor, "head": making.head, "router": making.router}[step.kind](
+            step.name
+        )
     making.facts.sha256 = {source: c.sha256 for source, c in making.inputs.checkpoints.items() if c.sha256}
     give_back()
     return Made(making.groups, making.facts)
@@ -162,6 +166,9 @@ class _Making:
                 self.facts.left_out[f"expert {expert.name}"] = {bias_name: why}
         self.facts.shape, self.facts.report, self.facts.sums = fitted.shape, fitted.report, fitted.sums
         self._write({f"{path}.bank.{name}": self._cast(t, weight) for name, t in fitted.tensors.items()})
+        if self.ready.statistics is not None and self.ready.mixture.routing.score == "vectors":
+            rows = self.ready.statistics.rows(path, fitted.shape.experts)
+            self._write({f"{path}.router.score.weight": self._cast(rows, weight)})
 
     def _fit(self, path: str, weight: torch.Tensor, bias: torch.Tensor | None) -> FittedLayer | None:
         """One layer's bank: deltas read, oriented (out, in), factorised; None where no expert changes the weight."""
@@ -200,3 +207,8 @@ class _Making:
         wanted = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
         self.facts.head, named = gather_head(path, wanted, self.inputs.base, experts, [e.labels for e in experts])
         self._write({name: self._cast(t, t) for name, t in named.items()})
+
+    def router(self, name: str) -> None:
+        assert self.ready.statistics is not None
+        like = self.inputs.base.get(f"{self.ready.sites.layers[0]}.weight")
+        self._write({f"{name}.weight": self._cast(self.ready.statistics.embeddings(), like)})

@@ -115,9 +115,11 @@ class Bank(nn.Module):
 
     Attributes:
         whole: whether its experts can only be merged, under one decision for the whole call.
+        linear: whether an expert is a delta of the layer's weight.
     """
 
     whole = False
+    linear: bool
     down: nn.Parameter
     up: nn.Parameter
     dense: nn.Parameter
@@ -135,6 +137,7 @@ class Bank(nn.Module):
         self._score_rows = Derived()
         self._widths = (d_out if shape.after else d_in, d_out)
         self._phi = activation(shape.activation)
+        self.linear = self._phi is None and not shape.after
 
     def forward(self, run: Callable[[], Any]) -> Any:
         """Run what reads the bank's parameters, between the hooks that it may have."""
@@ -151,11 +154,6 @@ class Bank(nn.Module):
         return self._widths[0]
 
     @property
-    def linear(self) -> bool:
-        """Whether an expert is a delta of the layer's weight."""
-        return self._phi is None and not self.shape.after
-
-    @property
     def dtype(self) -> torch.dtype:
         """The dtype of its parameters."""
         return (self.up if self.shape.ranks is not None else self.dense).dtype
@@ -168,12 +166,16 @@ class Bank(nn.Module):
 
     def project(self, x: torch.Tensor, expert: int | None = None) -> torch.Tensor:
         """`scale * phi(x A^T + a)` of x (..., width): (..., R), or of one candidate (..., its rank)."""
-        rows = slice(None) if expert is None else self.rows(expert)
+        rows, x = slice(None) if expert is None else self.rows(expert), self.dropped(x)
         if self._phi is None:
             z = F.linear(x, self.down[rows])
         else:
             z = self._phi(F.linear(x, self.down[rows], self.down_bias[rows]))
         return z if self.shape.scale == 1 else z * self.shape.scale
+
+    def dropped(self, x: torch.Tensor) -> torch.Tensor:
+        """x as the experts read it (what routers read is whole)."""
+        return F.dropout(x, self.shape.dropout, self.training) if self.shape.dropout else x
 
     def after_mixing(self, mixed: torch.Tensor) -> torch.Tensor:
         """What the layer adds, out of what the experts give together (..., d_out)."""
@@ -246,7 +248,7 @@ class Bank(nn.Module):
             and ranks[0] > 0
             and all(w * x.element_size() % 16 == 0 for w in (ranks[0], *self._widths))
         )
-        plain = self._phi is None and self.shape.scale == 1
+        plain = self._phi is None and self.shape.scale == 1 and not (self.training and self.shape.dropout)
         return GROUPED_MM is not None and plain and suits and even and not torch.is_autocast_enabled("cpu")
 
     def by_counts(self, x: torch.Tensor, gates: torch.Tensor | None, counts: torch.Tensor) -> torch.Tensor:

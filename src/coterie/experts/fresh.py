@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from ..errors import CoterieError
 from .bank import Bank, BankShape
 
 
@@ -26,6 +27,9 @@ class Fresh:
         dropout: on what the experts read, in training.
         activation: of a bottleneck.
         norm: whether a layer norm follows on a bottleneck's mixed output.
+
+    Raises:
+        CoterieError: a number is out of range.
     """
 
     rank: int
@@ -35,6 +39,12 @@ class Fresh:
     dropout: float = 0.0
     activation: str = "silu"
     norm: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise CoterieError(f"rank is {self.rank}", "Fresh", "take 1 or more")
+        if not 0 <= self.dropout < 1:
+            raise CoterieError(f"dropout is {self.dropout}", "Fresh", "take 0 or more, below 1")
 
     def shape(self, experts: int, d_in: int, d_out: int) -> BankShape:
         """What a layer's bank holds, for so many experts."""

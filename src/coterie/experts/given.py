@@ -87,7 +87,7 @@ class GivenFactors:
             "down": torch.cat([down.double() for down, _ in blocks]),
             "up": torch.cat([up.double() * scales[i] for i, (_, up) in zip(candidates, blocks, strict=True)]),
         }
-        if several:
+        if gate_rank:
             tensors["gate"] = torch.cat([f.vt[:gate_rank] for _, f in found.values()])
         changed = any(biases[i] is not None for i in candidates)
         if changed:
@@ -109,5 +109,5 @@ class GivenFactors:
             overlap=overlap([f.vt[:gate_rank] for _, f in found.values()]) if several else None,
             parameters=sum(t.numel() for t in tensors.values()),
         )
-        shape = BankShape(tuple(candidates), (most,) * len(candidates), gate_rank, several, changed)
+        shape = BankShape(tuple(candidates), (most,) * len(candidates), gate_rank, gate_rank > 0, changed)
         return FittedLayer(shape, tensors, report)

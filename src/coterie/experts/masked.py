@@ -73,7 +73,7 @@ class MaskedBank(Bank):
 
     def __init__(self, shape: MaskedShape, d_in: int, d_out: int, dtype: torch.dtype | None = None, device: Any = None):
         nn.Module.__init__(self)
-        self.shape, self._widths, self._phi = shape, (d_in, d_out), None
+        self.shape, self._widths, self._phi, self.linear = shape, (d_in, d_out), None, True
         for name, size in shape.tensors(d_in, d_out).items():
             if name.endswith("masks"):
                 self.register_buffer(name, torch.empty(size, dtype=torch.uint8, device=device))

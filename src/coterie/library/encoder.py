@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,12 @@ class SentenceEncoder:
             mask = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
             parts.append(nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1).cpu())
         return torch.cat(parts)
+
+
+@cache
+def minilm() -> SentenceEncoder:
+    """all-MiniLM-L6-v2, loaded once."""
+    return SentenceEncoder()
 
 
 def _minilm() -> Path:

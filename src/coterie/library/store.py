@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -34,6 +34,7 @@ from ..building.finish import versions
 from ..building.inputs import Inputs, open_inputs
 from ..building.journal import LOCK as HELD
 from ..errors import CoterieError
+from ..merging.statistics import Batch
 from ..recipe import read_recipe
 from ..sources.adapter import AdapterExpert
 from ..sources.checkpoint import require_finite
@@ -558,6 +559,37 @@ class Library:
         file = statistics.file_of(expert.path, kind)
         statistics.write(file, tensors, {**facts, "kind": kind, "weights": weights})
         self._indexes.clear()
+
+    def train_gates(
+        self, name: str, model: Any, batches: Iterable[Batch], *, steps: int = 100, learning_rate: float = 5e-3
+    ) -> None:
+        """Train an expert's gates on its own data, for PHATGOOSE, and keep them as its `gate` statistics.
+
+        Args:
+            name: the expert.
+            model: the base, with the head that the expert was trained with; stays as it is.
+            batches: keyword arguments of its forward, with labels; where they are fewer than steps, they come again.
+            steps: of AdamW, everything but the gates frozen.
+            learning_rate: after a warm-up of 6% of the steps.
+
+        Raises:
+            CoterieError: no batches, no labels, or a model that is not the expert's base.
+        """
+        from .vectors import train_gates
+
+        self._require_writable()
+        gates = train_gates(model, self[name], batches, steps, learning_rate)
+        self.put(name, "gate", gates, steps=str(steps), learning_rate=str(learning_rate))
+
+    def average_activation(self, name: str, model: Any, batches: Iterable[Batch]) -> None:
+        """Keep the mean of what an expert's layers read of its own data as its `activation` statistics.
+
+        Args and errors as of `train_gates`; no labels are needed.
+        """
+        from .vectors import average_activation
+
+        self._require_writable()
+        self.put(name, "activation", average_activation(model, self[name], batches))
 
     def embed(self, encoder: Encoder, kind: str = "description", names: Sequence[str] | None = None) -> int:
         """Embed what experts are for, where that has not been done with these texts and this encoder.

@@ -185,14 +185,36 @@ def gram(model: nn.Module, batches: Iterable[Batch]) -> Statistics:
     layers = {path: module for path, module in model.named_modules() if type(module) in MIXTURE_OF}
     sums = {path: torch.zeros(widths(layer)[0], widths(layer)[0]) for path, layer in layers.items()}
     counts = dict.fromkeys(layers, 0)
-    masks: dict[str, Tensor] = {}
 
     def add(path: str, x: Tensor) -> None:
-        kept = _unpadded(x, masks, "decoder_attention_mask" if "decoder" in path else "attention_mask").float()
-        sums[path] += (kept.T @ kept).cpu()
-        counts[path] += len(kept)
+        sums[path] += (x.T @ x).cpu()
+        counts[path] += len(x)
 
-    hooks = [m.register_forward_pre_hook(lambda _, args, path=p: add(path, args[0])) for p, m in layers.items()]
+    over_inputs(model, batches, layers, add)
+    rows = max(counts.values(), default=0)
+    _require_rows(rows)
+    # A layer that no input reached keeps zeros: RegMean averages there.
+    means = {f"{path}.weight": total / max(counts[path], 1) for path, total in sums.items()}
+    return Statistics("gram", means, rows, _id(model))
+
+
+def over_inputs(
+    model: nn.Module, batches: Iterable[Batch], layers: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]
+) -> None:
+    """Run data through a model, and show what its layers read; what `attention_mask` calls padding is left out.
+
+    Args:
+        model: any model; in evaluation mode meanwhile.
+        batches: keyword arguments of the model's forward.
+        layers: path -> layer.
+        see: is called with a layer's path and the rows that it reads, (rows, in) float32.
+    """
+    masks: dict[str, Tensor] = {}
+
+    def show(path: str, x: Tensor) -> None:
+        see(path, _unpadded(x, masks, "decoder_attention_mask" if "decoder" in path else "attention_mask").float())
+
+    hooks = [m.register_forward_pre_hook(lambda _, args, path=p: show(path, args[0])) for p, m in layers.items()]
     try:
         with _evaluating(model), torch.no_grad():
             for batch in batches:
@@ -202,11 +224,6 @@ def gram(model: nn.Module, batches: Iterable[Batch]) -> Statistics:
     finally:
         for hook in hooks:
             hook.remove()
-    rows = max(counts.values(), default=0)
-    _require_rows(rows)
-    # A layer that no input reached keeps zeros: RegMean averages there.
-    means = {f"{path}.weight": total / max(counts[path], 1) for path, total in sums.items()}
-    return Statistics("gram", means, rows, _id(model))
 
 
 def gather(

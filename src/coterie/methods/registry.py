@@ -25,10 +25,12 @@ class Mixture:
     Attributes:
         experts: makes a layer's bank from the experts' deltas; or what training starts from.
         routing: score and selection.
+        statistics: the kind of the experts' statistics that the routers hold; None where they need none.
     """
 
     experts: Fitted | Fresh
     routing: Routing
+    statistics: str | None = None
 
     @property
     def fitted(self) -> Fitted:

@@ -26,7 +26,7 @@ class Context:
         active: how many experts `gates` gives a token at most.
         recorders: called with (layer, gates (..., candidates)) for each layer of a call.
         last_losses: what routers added to the last loss, by name.
-        untaken: the last training call that had no labels, so that its losses are part of none yet.
+        untaken: the last training call that had no labels, so that its losses are part of none yet, and its output.
         told: whether a loss without them was warned of.
         compiled_call: the call that is being traced (threads do not exist there).
     """
@@ -38,7 +38,7 @@ class Context:
     recorders: list[Callable[[Any, torch.Tensor], None]] = field(default_factory=list)
     compiled_call: Call | None = None
     last_losses: dict[str, torch.Tensor] = field(default_factory=dict)
-    untaken: Call | None = None
+    untaken: tuple[Call, Any] | None = None
     told: bool = False
     _calls: dict[int, Call] = field(default_factory=dict)
     _blocks: dict[int, Any] = field(default_factory=dict)

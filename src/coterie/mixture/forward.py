@@ -6,6 +6,7 @@ import inspect
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,7 @@ from ..routing.pooling import masked_mean
 from ..routing.prepass import freeze
 from ..routing.router import SCORES
 from .context import Context
+from .pooled import rows_of, signals
 
 INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values")
 # Declared beside the model's own arguments, so that `generate` and the Trainer let them through.
@@ -55,10 +57,11 @@ class Forward:
                 "pool",
                 'use pool "token"',
             )
-        if routing.score == "prepass" and _is_seq2seq(model):
+        if routing.decides_before and _is_seq2seq(model):
             raise CoterieError(
                 "its router reads the hidden states of one stack, and an encoder-decoder has two", "method", "use smear"
             )
+        self._signal = _signal_layer(model, routing) if routing.score == "signal" else None
         modules = list(model.modules())
         self._annealed = [module for module in modules if isinstance(module, Gumbel)]
         self._tasks = next((module.tasks for module in modules if isinstance(module, (Skills, Task))), None)
@@ -96,7 +99,7 @@ class Forward:
             kwargs.pop("num_items_in_batch", None)  # not every architecture heeds it: see _with_losses
         call = self._begin(inputs, task_ids, prompt_lengths)
         self._start(call)
-        if self.routing.score == "prepass" and not self._decided:
+        if self.routing.decides_before and not self._decided:
             self._decide_before(call, inputs)
         with self.context.during(call):
             output = type(self.model).forward(self.model, *args, **kwargs)
@@ -126,7 +129,7 @@ class Forward:
         return self.context.weights is not None or self.context.gates is not None
 
     def _decide_before(self, call: Call, inputs: dict[str, Any]) -> None:
-        """X-LoRA: a pass without experts, whose last hidden states give the gates of the pass with them."""
+        """A pass without experts, which gives the gates of the pass with them (X-LoRA, LoGo)."""
         frozen = self.routing.pool == "prompt"
         if frozen and call.continues:
             assert call.kept is not None
@@ -144,14 +147,34 @@ class Forward:
         given = {name: value for name, value in inputs.items() if name in accepted and name not in taken}
         if "past_key_values" in accepted:
             given |= {"past_key_values": cache, "use_cache": cache is not None}
-        before = replace(call, off=True, training=False, kept=None)
+        watched = None if self._signal is None else self._signal.index
+        before = replace(call, off=True, training=False, kept=None, watched=watched)
         with torch.no_grad(), self.context.during(before):
             hidden = run(**given, return_dict=True)[0]
+        if self._signal is not None:
+            call.gates = self._by_signal(before)
+            if call.kept is not None:
+                call.kept[-3] = call.gates
+            return
         call.gates = model.coterie_router(hidden)
         if frozen and call.prompt is not None:
             call.gates, last = freeze(call.gates, call.prompt)
             if call.kept is not None:
                 call.kept[-3] = last.detach()
+
+    def _by_signal(self, before: Call) -> Tensor:
+        """LoGo: gates (batch, 1, 1, E), of what each expert would give for the last token of the prompt in one layer."""
+        layer, options = self._signal, self.routing.score_options
+        assert before.seen is not None
+        x = rows_of(before.seen, before)
+        counted = before.valid if before.prompt is None else before.prompt
+        if counted is None:
+            last = x[:, -1]
+        else:
+            places = torch.arange(x.shape[1], device=x.device)
+            last = x[torch.arange(len(x), device=x.device), torch.where(counted, places, -1).amax(1)]
+        scores = signals(layer.bank, last, options["signal"], options["weights"])
+        return layer.router.select(scores).gates()[:, None, None]
 
     def _disagreement(self, output: Any, call: Call, labels: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor:
         """Half the symmetric KL divergence from a second pass, with other choices (arXiv:2205.12410, equation 5)."""
@@ -280,7 +303,7 @@ class Forward:
         own = {name: kwargs.pop(name) for name in ARGUMENTS if name in kwargs}
         call = self._begin(kwargs, own.get("task_ids"), own.get("prompt_lengths"))
         self._start(call)
-        if self.routing.score == "prepass" and not self._decided:
+        if self.routing.decides_before and not self._decided:
             self._decide_before(call, kwargs)
         block = self.context.during(call)
         block.__enter__()
@@ -294,7 +317,7 @@ class Forward:
         block.__exit__(None, None, None)
         call.open = False
         if output is not None and (call.losses or call.policies):
-            self._leave(output["log_probs"], call)
+            self._leave(call, output, output["log_probs"])
 
     def _before_encoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """`generate` calls the encoder by itself: that is a call of its own."""
@@ -318,7 +341,7 @@ class Forward:
         named, labels = isinstance(output, dict), inputs.get("labels")
         if labels is None or (named and output.get("loss") is None):
             if call.losses or call.policies:
-                self._leave(output["logits"] if named and "logits" in output else output[0], call)
+                self._leave(call, output, output["logits"] if named and "logits" in output else output[0])
             return output
         loss = output["loss"] if named else output[0]
         total = loss + self.losses(call, self.example_losses(call, output, labels)).to(loss)
@@ -347,7 +370,7 @@ class Forward:
                 raise CoterieError(
                     "the routers learn from each example's loss, and it is not known",
                     "forward",
-                    "pass labels with the batch, or to model.coterie.losses(output, labels)",
+                    "pass labels with the batch, or to model.coterie.losses(labels)",
                 )
             terms |= reward(call, examples, self.routing.losses)
         self.context.last_losses = {name: term.detach() for name, term in terms.items()}
@@ -355,24 +378,27 @@ class Forward:
 
     def example_losses(self, call: Call, output: Any, labels: Tensor | None) -> Tensor | None:
         """(batch,) each example's own loss, where routers learn from it and the labels are known."""
-        if not call.policies or labels is None:
+        if not call.policies:
             return None
         if isinstance(output, dict) and output.get("log_probs") is not None:
             return -output["log_probs"].sum(1) / output["label_mask"].sum(1).clamp(min=1)
-        return example_losses(output["logits"] if isinstance(output, dict) else output[1], labels, self.causal)
+        if labels is None:
+            return None
+        logits = output["logits"] if isinstance(output, dict) else output[0 if output[0].ndim else 1]
+        return example_losses(logits, labels, self.causal)
 
     def counted(self, labels: Tensor) -> Tensor:
         """How many labels the mean of the model's loss is over."""
         return ((labels[:, 1:] if self.causal else labels) != -100).sum()
 
-    def _leave(self, logits: Tensor, call: Call) -> None:
+    def _leave(self, call: Call, output: Any, logits: Tensor) -> None:
         """Keep the losses of a call without labels for who makes a loss of it; a loss without them is told of."""
-        self.context.untaken = call
+        self.context.untaken = left = (call, output)
         if torch.compiler.is_compiling() or self.context.told or not logits.requires_grad:
             return
 
         def tell(_: Tensor) -> None:
-            if self.context.untaken is call and not self.context.told:
+            if self.context.untaken is left and not self.context.told:
                 self.context.told = True
                 warnings.warn(
                     f"the losses of the routers ({', '.join(call.losses) or 'policy'}) are not part of the loss that "
@@ -382,6 +408,15 @@ class Forward:
                 )
 
         logits.register_hook(tell)
+
+
+def _signal_layer(model: nn.Module, routing: Any) -> Any:
+    """The mixture layer that a glob names; of several, the last."""
+    glob = routing.score_options["layer"]
+    found = [m for name, m in model.named_modules() if hasattr(m, "router") and fnmatchcase(name, glob)]
+    if not found:
+        raise CoterieError(f"no mixture layer matches {glob!r}", "layer", "see model.coterie.layers")
+    return found[-1]
 
 
 class Twin:

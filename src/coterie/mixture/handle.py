@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import CoterieError
+from ..routing.router import SELECTIONS
 from . import native
 from .context import Context
 from .forward import Forward, decoder_path
@@ -102,20 +103,20 @@ class Handle:
         """Are called with (layer, gates (..., candidates)) by each mixture layer of a call."""
         return self._context.recorders
 
-    def losses(self, output: Any = None, labels: torch.Tensor | None = None) -> torch.Tensor:
+    def losses(self, labels: torch.Tensor | None = None) -> torch.Tensor:
         """The routers' losses of the last training call, for a loss of one's own; a call with labels has added them.
 
         Args:
-            output, labels: that call's output, and class numbers (batch,) or (batch, tokens), -100 where none counts;
-                only for routers that learn from a reward.
+            labels: of that call, class numbers (batch,) or (batch, tokens), -100 where none counts; only for routers
+                that learn from a reward.
 
         Returns:
             A scalar, zero where there are none.
         """
-        call, self._context.untaken = self._context.untaken, None
-        if call is None or self._forward is None:
+        untaken, self._context.untaken = self._context.untaken, None
+        if untaken is None or self._forward is None:
             return next(self._model.parameters()).new_zeros(())
-        return self._forward.losses(call, self._forward.example_losses(call, output, labels))
+        return self._forward.losses(untaken[0], self._forward.example_losses(*untaken, labels))
 
     @property
     def head(self) -> str:
@@ -180,6 +181,39 @@ class Handle:
             gates = nn.functional.one_hot(index, len(names)).float()[:, None]
         self._decide(weights, gates)
         return _Standing(lambda: self._decide(*before))
+
+    def retrieve(self, texts: Sequence[str], encoder: Callable[[Sequence[str]], Any] | None = None) -> _Standing:
+        """Let the experts answer whose embeddings are nearest to these texts, of a mixture that is built for that.
+
+        For good as a call, for a block in a `with` statement, as `route`.
+
+        Args:
+            texts: one for each row that the model sees (with beams: per beam).
+            encoder: texts -> (n, d) vectors, the one that the experts were embedded by; None for MiniLM.
+
+        Raises:
+            CoterieError: the mixture routes otherwise, or the experts were embedded by another encoder.
+        """
+        routing = self.spec.routing
+        if routing.score != "retrieval":
+            raise CoterieError(
+                f"a {self.spec.method} mixture retrieves nothing", "retrieve", "build it by retriever, or another"
+            )
+        from ..library.encoder import account, embeddings, minilm
+
+        encoder, known = minilm() if encoder is None else encoder, self._model.coterie_router
+        name = account(encoder, [])["encoder"]
+        if name != known.encoder:
+            raise CoterieError(
+                f"the experts were embedded by {known.encoder!r}, and the texts would be by {name!r}",
+                "retrieve",
+                "give the same encoder",
+            )
+        if isinstance(texts, str) or not texts:
+            raise CoterieError("texts are no list of texts", "retrieve", "give one for each row of the batch")
+        vectors = embeddings(encoder, "examples", list(texts)).to(known.weight.device)
+        select = SELECTIONS[routing.select](routing.k, **routing.select_options)
+        return self.route(select(known(vectors)).gates()[:, None])
 
     def use_path(self, path: Path | Literal["auto"]) -> _Standing:
         """Force a compute path; "auto" chooses by shape. All give the same numbers.

@@ -17,7 +17,7 @@ from ..routing.router import Router, Routing
 from . import native
 from .context import Context
 from .cost import SHARED, cheapest
-from .paths import Path, grouped, stacked
+from .paths import Path, alike, grouped, stacked
 from .pooled import add_pooled
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ class _Mixture(nn.Module):
     siblings: Siblings | None
     index: int
     decodes: bool
+    routing: Routing
+    by_token: bool
     _merged: Derived
     _plain: bool
 
@@ -48,9 +50,9 @@ class _Mixture(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if flows(self):
             self.drop()  # training follows, and fused optimisers leave no trace of their steps
-        if not (self._plain or self._known()):
-            return self._forward_trained(x)
         constant = self._constant()
+        if not (self._plain or self._known(constant)):
+            return self._forward_trained(x, constant)
         path = self._path(x, constant)
         if constant is not None and not any(constant):
             self._record(torch.tensor(constant, device=x.device), x.shape[:-1])
@@ -64,32 +66,40 @@ class _Mixture(nn.Module):
         y = self.bank(lambda: self._add_experts(path, constant, x, flat.to(self.bank.dtype), y))
         return y.view(*x.shape[:-1], y.shape[-1])
 
-    def _known(self) -> bool:
+    def _known(self, weights: tuple[float, ...] | None) -> bool:
         """Whether the call's weights are known and of deltas of the weight, so that the layer is one dense layer."""
-        weights, bank = self._constant(), self.bank
-        if weights is None or not bank.linear or bank.shape.norm or (self.training and bank.shape.dropout):
+        if weights is None:
             return False
-        combine = self.router.routing.combine
+        bank = self.bank
+        if not bank.linear or bank.shape.norm or (self.training and bank.shape.dropout):
+            return False
+        combine = self.routing.combine
         if combine == "slots" and self.context.weights is None:
             return False  # an expert that is alone reads mixtures of tokens, too
         return combine == "outputs" or [w for w in weights if w] == [1.0]
 
-    def _forward_trained(self, x: torch.Tensor) -> torch.Tensor:
+    def _forward_trained(self, x: torch.Tensor, constant: tuple[float, ...] | None) -> torch.Tensor:
         """Of routers that know the call, and of experts that are no deltas of the weight."""
+        if self.context.path == "merged":
+            raise _unmerged()
         y = super().forward(x)
         call = self.context.call
+        if call is not None and call.watched == self.index:
+            call.seen = x
         if (call is not None and call.off) or (self.context.weights is not None and not any(self.context.weights)):
             return cast(torch.Tensor, y)
         bank, context = self.bank, self.context
         read = y if bank.shape.after else x
-        read = F.dropout(read, bank.shape.dropout, self.training) if bank.shape.dropout else read
         read = read.to(bank.dtype)
-        if not self.router.routing.by_token:
+        if not self.by_token:
             return cast(torch.Tensor, bank(lambda: add_pooled(self, read, y)))
-        flat = read.reshape(-1, read.shape[-1])
+        flat, onto = read.reshape(-1, read.shape[-1]), bank.linear and not bank.shape.norm
 
         def run() -> torch.Tensor:
-            constant = self._constant()
+            if constant is not None and not context.recorders:
+                return alike(
+                    bank, flat, constant, y.view(-1, y.shape[-1]) if onto else y.new_zeros(len(flat), y.shape[-1])
+                )
             if constant is not None:
                 decision = Decision.constant(constant, len(flat), flat.device)
             elif context.gates is not None:
@@ -100,14 +110,14 @@ class _Mixture(nn.Module):
                 decision = self.router(F.linear(flat, bank.score_rows()).unflatten(-1, (bank.experts, -1)))
             if context.recorders:
                 self._record(decision.gates(), read.shape[:-1])
-            zero = torch.zeros(len(flat), y.shape[-1], dtype=y.dtype, device=y.device)
-            if decision.index is None or torch.compiler.is_compiling() or x.device.type != "cpu":
-                part = stacked(bank, flat, bank.project(flat), decision, zero)
-            else:
-                part = grouped(bank, flat, decision, zero)
-            return bank.after_mixing(part)
+            into = y.view(-1, y.shape[-1]) if onto else y.new_zeros(len(flat), y.shape[-1])
+            dense = decision.index is None or torch.compiler.is_compiling() or x.device.type != "cpu"
+            if dense or context.path == "stacked":
+                return stacked(bank, flat, bank.project(flat), decision, into)
+            return grouped(bank, flat, decision, into)
 
-        return cast(torch.Tensor, y + bank(run).view(y.shape))
+        part = bank(run)
+        return cast(torch.Tensor, part.view(y.shape) if onto else y + bank.after_mixing(part).view(y.shape))
 
     def _valid(self, x: torch.Tensor) -> torch.Tensor | None:
         """Which of the layer's tokens count, flat; None for all."""
@@ -125,6 +135,10 @@ class _Mixture(nn.Module):
             if self.context.recorders:
                 self._record(decision.gates(), x.shape[:-1])
             return native.add_experts(bank, flat, leading, decision, y)
+        if constant is not None and path == "grouped":
+            if self.context.recorders:
+                self._record(torch.tensor(constant, device=x.device), x.shape[:-1])
+            return alike(bank, flat, constant, y)
         z = bank.project(flat) if path == "stacked" and bank.shape.ranks is not None else None
         decision = self._decide(path, x, flat, z, constant)
         if self.context.recorders:
@@ -169,12 +183,19 @@ class _Mixture(nn.Module):
 
     def _constant(self) -> tuple[float, ...] | None:
         """The weights of the layer's candidates where one decision holds for the call."""
-        context, candidates = self.context, self.bank.shape.experts
+        context, routing = self.context, self.routing
         if context.weights is not None:
-            return tuple(context.weights[i] for i in candidates)
-        if self.router.routing.score == "level" and self.router.routing.combine == "outputs" and context.gates is None:
-            return (1 / self.router.score.experts,) * len(candidates)
-        return (1.0,) if len(candidates) == 1 and context.gates is None and not self.bank.whole else None
+            return tuple(context.weights[i] for i in self.bank.shape.experts)
+        if context.gates is not None:
+            return None
+        if routing.score == "level" and routing.combine == "outputs":
+            return (1 / self.router.score.experts,) * len(self.bank.shape.experts)
+        bank, router = self.bank, self.router
+        off = context.call is not None and context.call.off
+        if len(bank.shape.experts) > 1 or bank.whole or off or routing.select == "sigmoid":
+            return None
+        # A layer's only expert answers whatever is scored; but who is named may be one that has nothing here.
+        return None if router.score.reads == "call" and router.candidates is not None else (1.0,)
 
     def _path(self, x: torch.Tensor, constant: tuple[float, ...] | None) -> Path:
         if self.bank.whole:
@@ -182,18 +203,14 @@ class _Mixture(nn.Module):
                 self.router.score(None)
             return "merged"
         forced = self.context.path
-        if forced == "merged" and (constant is None or not self._plain):
-            raise CoterieError(
-                "the merged path needs one decision for the whole call, and here tokens or rows have their own",
-                "model.coterie.use_path",
-                'name the expert (model.coterie.route("name")), or leave the path at "auto"',
-            )
+        if forced == "merged" and constant is None:
+            raise _unmerged()
         if forced not in ("auto", "native"):
             return cast(Path, forced)
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return "stacked"  # nothing that depends on data
         if constant is not None:
-            once = self.context.weights is not None or self.router.routing.score == "level"
+            once = self.context.weights is not None or self.routing.score == "level"
             return "merged" if once and not flows(self) else "grouped"
         if x.device.type != "cpu":
             return "stacked"  # nothing that waits for the device
@@ -227,6 +244,14 @@ class _Mixture(nn.Module):
     def _record(self, gates: torch.Tensor, leading: torch.Size) -> None:
         for record in self.context.recorders:
             record(self, gates.expand(leading.numel(), -1).view(*leading, gates.shape[-1]))
+
+
+def _unmerged() -> CoterieError:
+    return CoterieError(
+        "the merged path needs one decision for the whole call, of experts that are deltas of a weight",
+        "model.coterie.use_path",
+        'name the expert (model.coterie.route("name")), or leave the path at "auto"',
+    )
 
 
 class MixtureLinear(_Mixture, nn.Linear):  # type: ignore[misc]
@@ -285,13 +310,40 @@ def add_experts(
 
 
 def route(layer: Any, routing: Routing, read: int | None, experts: int) -> None:
-    """Give a mixture layer a router, its values undefined; arguments as of `add_experts`."""
+    """Give a mixture layer a router, its values undefined; arguments as of `add_experts`.
+
+    Raises:
+        CoterieError: factors are to be averaged, and the experts' do not fit each other.
+    """
     bank, weight = layer.bank, layer.weight
+    if routing.combine == "factors":
+        _check_factors(bank, routing)
     width = bank.width if read is None or routing.by_token or routing.combine == "slots" else read
     layer.router = routing.router(width, bank.shape.experts, experts, weight.device, weight.dtype)
     layer.router.train(layer.training)
+    layer.routing, layer.by_token = routing, routing.by_token
     simple = bank.linear and not bank.shape.norm and not bank.shape.dropout
     layer._plain = simple and routing.by_token and layer.router.score.reads == "rows"
+
+
+def _check_factors(bank: Bank, routing: Routing) -> None:
+    if len(set(bank.shape.ranks or (0, 1))) > 1:
+        raise CoterieError(
+            f"a layer's experts' ranks are {list(bank.shape.forms)}, and their factors are to be averaged",
+            "rank",
+            "take one rank for all, or a method that mixes outputs",
+        )
+    splits = routing.score_options.get("splits", 1)
+    if any(width % splits for width in bank._widths):
+        raise CoterieError(
+            f"{splits} splits do not divide a layer's widths {bank._widths}",
+            "splits",
+            "take a common divisor, or leave such layers out by an exclude glob",
+        )
+    if routing.pool == "token" and not bank.linear:
+        raise CoterieError(
+            "factors that are mixed for each token must be of low-rank pairs", "expert", "take lora, or pool by example"
+        )
 
 
 def replace(model: nn.Module, path: str, module: nn.Module) -> None:

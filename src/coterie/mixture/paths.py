@@ -5,6 +5,7 @@ Each adds the experts' outputs to `y`, what the base layer gives, in place.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -52,6 +53,14 @@ def grouped(bank: Bank, x: torch.Tensor, decision: Decision, y: torch.Tensor) ->
         return _biases(bank, decision.gates(), y)
     for expert, chosen, weights in decision.by_expert():
         y = bank.accumulate(y, x, expert, chosen, weights)
+    return y
+
+
+def alike(bank: Bank, x: torch.Tensor, weights: Sequence[float], y: torch.Tensor) -> torch.Tensor:
+    """The same weights, one per candidate, for all tokens. Arguments as in `stacked`."""
+    for expert, weight in enumerate(weights):
+        if weight:
+            y = bank.accumulate(y, x, expert, None, None if weight == 1 else y.new_full((len(y), 1), weight))
     return y
 
 

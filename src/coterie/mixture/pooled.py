@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,52 +31,56 @@ def add_pooled(layer: Any, x: Tensor, y: Tensor) -> Tensor:
             "forward",
             "call the whole model; a mixture of this part alone is built or wrapped as such",
         )
-    rows = _rows(x, call)
-    routing = layer.router.routing
-    decided = layer.context.weights is not None or layer.context.gates is not None
-    if routing.combine == "slots" and not decided:
-        part, gates = _slots(layer, rows, call)
-    elif call.gates is not None:
-        gates = _of_tokens(layer.router.score(call, layer.index), rows, _valid(layer, rows, call))
-        gates = gates[..., list(layer.bank.shape.experts)]
-        part = _mix(layer.bank, rows, gates)
-    elif routing.pool == "token" and not decided:
-        decision = _read(layer, rows.flatten(0, 1), _counted(layer, rows, call), call)
-        gates = decision.gates().view(*rows.shape[:2], -1)
-        part = token_factors(layer.bank, rows, gates)
-    elif routing.pool == "segment" and not layer.decodes and not decided:
-        part, gates = _segments(layer, rows, call)
-    else:
-        decision = _decision(layer, rows, call)
-        gates = _gates(decision)[:, None]
-        if routing.combine == "factors" and layer.bank.linear and y.ndim == rows.ndim and y.dtype == rows.dtype:
-            part, y = None, factors(layer.bank, rows, decision, y)  # the sum in the last product: no pass of its own
-        else:
-            part = apply(layer.bank, rows, decision, routing.combine)
+    rows, bank = rows_of(x, call), layer.bank
+    # Where nothing follows on the mixed output, it is summed onto the base's in the last product.
+    onto = bank.linear and not bank.shape.norm
+    into = y.view(*rows.shape[:2], -1) if onto else y.new_zeros(*rows.shape[:2], y.shape[-1])
+    gates = _add(layer, rows, into, call)
     if layer.context.recorders:
         layer._record(gates.flatten(0, -2), gates.shape[:-1])
-    return y if part is None else y + layer.bank.after_mixing(part.to(y.dtype)).reshape(y.shape)
+    return y if onto else y + bank.after_mixing(into).view(y.shape)
 
 
-def apply(bank: Bank, x: Tensor, decision: Decision, combine: str) -> Tensor:
-    """The experts' mixed output, (batch, tokens, d_out), of x (batch, tokens, width) under a decision per row."""
-    if combine == "factors":
-        return factors(bank, x, decision)
-    flat = x.reshape(-1, x.shape[-1])
-    zero = flat.new_zeros(len(flat), bank.up.shape[-1])
-    spread = decision.spread(x.shape[1])
+def _add(layer: Any, rows: Tensor, into: Tensor, call: Call) -> Tensor:
+    """Add the experts' mixed output to `into` (batch, tokens, d_out), in place; the gates (batch, tokens or 1, E)."""
+    routing, router, bank = layer.routing, layer.router, layer.bank
+    decided = layer.context.weights is not None or layer.context.gates is not None
+    if routing.combine == "slots" and not decided:
+        return _slots(layer, rows, into, call)
+    if call.gates is not None:
+        gates = _of_tokens(router.score(call, layer.index), rows, _valid(layer, rows, call))
+        gates = gates if router.candidates is None else gates[..., router.candidates]
+        _mix(bank, rows, gates, into)
+        return gates
+    if routing.pool == "token" and not decided:
+        decision = _read(layer, rows.flatten(0, 1), _counted(layer, rows, call), call)
+        gates = decision.gates().view(*rows.shape[:2], -1)
+        _token_factors(bank, rows, gates, into)
+        return gates
+    if routing.pool == "segment" and not (layer.decodes or decided or call.continues):
+        return _segments(layer, rows, into, call)
+    decision = _decision(layer, rows, call)
+    if routing.combine == "factors":
+        kept = call.kept if call.continues else None
+        factors(bank, rows, decision, into, None if kept is None else kept.setdefault(("merged", layer.index), []))
+    else:
+        _apply(bank, rows, decision, into)
+    return _gates(decision)[:, None]
+
+
+def _apply(bank: Bank, x: Tensor, decision: Decision, into: Tensor) -> None:
+    """Outputs mixed under a decision for each row of x (batch, tokens, width)."""
+    flat, y, spread = x.flatten(0, 1), into.flatten(0, 1), decision.spread(x.shape[1])
     if spread.index is None:
-        z = bank.project(flat)
-        return stacked(bank, flat, z, spread, zero).view(*x.shape[:-1], -1)
-    return grouped(bank, flat, spread, zero).view(*x.shape[:-1], -1)
+        stacked(bank, flat, bank.project(flat), spread, y)
+    else:
+        grouped(bank, flat, spread, y)
 
 
-def _mix(bank: Bank, x: Tensor, gates: Tensor) -> Tensor:
+def _mix(bank: Bank, x: Tensor, gates: Tensor, into: Tensor) -> None:
     """Outputs mixed by gates (batch, tokens, E)."""
-    flat = x.flatten(0, 1)
-    zero = flat.new_zeros(len(flat), bank.up.shape[-1])
-    decision = Decision(bank.experts, None, gates.flatten(0, 1))
-    return stacked(bank, flat, bank.project(flat), decision, zero).view(*x.shape[:2], -1)
+    flat, y = x.flatten(0, 1), into.flatten(0, 1)
+    stacked(bank, flat, bank.project(flat), Decision(bank.experts, None, gates.flatten(0, 1)), y)
 
 
 def _of_tokens(gates: Tensor, rows: Tensor, valid: Tensor | None) -> Tensor:
@@ -86,44 +91,89 @@ def _of_tokens(gates: Tensor, rows: Tensor, valid: Tensor | None) -> Tensor:
     return masked_mean(gates, counted)[:, None].expand(-1, rows.shape[1], -1)
 
 
-def factors(bank: Bank, x: Tensor, decision: Decision, y: Tensor | None = None) -> Tensor:
+def signals(bank: Bank, x: Tensor, kind: str, weights: Sequence[float]) -> Tensor:
+    """How much each expert says of x: the norm of its output `o = B A x`, or the inverse entropy of softmax(o).
+
+    arXiv:2511.07129, section 3.
+
+    Args:
+        bank: low-rank experts, of one layer.
+        x: (n, width).
+        kind: norm or entropy.
+        weights: of every expert of the mixture, the factor that is in its B; a signal is without.
+
+    Returns:
+        (n, experts of the mixture), float32 at least; 0 where an expert has nothing in this layer.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    found = x.new_zeros(len(x), len(weights), dtype=dtype)
+    for at, expert in enumerate(bank.shape.experts):
+        if not weights[expert]:
+            continue
+        out = (bank.project(x.to(bank.dtype), at).to(dtype) @ bank.up[bank.rows(at)].to(dtype)) / weights[expert]
+        if kind == "norm":
+            found[:, expert] = out.norm(dim=-1)
+        else:
+            logs = out.log_softmax(-1)
+            found[:, expert] = 1 / (1e-6 - (logs.exp() * logs).sum(-1))
+    return found
+
+
+def factors(bank: Bank, x: Tensor, decision: Decision, into: Tensor, merged: list[Tensor] | None = None) -> None:
     """One expert for each row, its parameters the gates' mean of all experts' (arXiv:2306.03745, section 3.1).
 
     Args:
         bank: experts of equal ranks.
         x: (batch, tokens, width).
         decision: gates (batch, E), or (batch, E, splits), of blocks of the dimensions.
-        y: (batch, tokens, d_out), is added to, in place; None for nothing.
+        into: (batch, tokens, d_out), is added to, in place.
+        merged: holds these experts, or is filled with them: for decisions that outlive the call.
     """
-    gates = (decision.gates() if decision.index is not None else decision.weight).to(x.dtype)  # type: ignore[union-attr]
-    ups = gates if decision.up is None else decision.up.to(x.dtype)
-    down = _merged(bank.down, gates, bank.experts)
-    z = torch.bmm(x, down.transpose(1, 2))
+    parts = merged or _merge(bank, decision, x.dtype)
+    if merged is not None and not merged:
+        merged += parts
+    down, up, *biases = parts
+    z = torch.bmm(bank.dropped(x), down.transpose(1, 2))
     if bank.shape.activation is not None:
-        first = gates if gates.ndim == 2 else gates.mean(-1)
-        z = bank._phi(z + (first @ bank.down_bias.view(bank.experts, -1).to(x.dtype))[:, None])
+        z = bank._phi(z + biases.pop(0)[:, None])
     if bank.shape.scale != 1:
         z = z * bank.shape.scale
-    up = _merged(bank.up, ups, bank.experts)
-    out = torch.bmm(z, up) if y is None else y.baddbmm_(z, up)
+    into.baddbmm_(z.to(into.dtype), up.to(into.dtype))
+    if biases:
+        into.add_(biases[0][:, None])
+
+
+def _merge(bank: Bank, decision: Decision, dtype: torch.dtype) -> list[Tensor]:
+    """Each row's expert: down (batch, rank, width), up (batch, rank, d_out), and its biases, of down and of up."""
+    gates = decision.gates() if decision.index is not None else decision.weight
+    assert gates is not None
+    gates = gates.to(dtype)
+    ups = gates if decision.up is None else decision.up.to(dtype)
+    parts = [_merged(bank.down, gates, bank.experts), _merged(bank.up, ups, bank.experts)]
+    if bank.shape.activation is not None:
+        first = gates if gates.ndim == 2 else gates.mean(-1)
+        parts.append(first @ bank.down_bias.view(bank.experts, -1).to(dtype))
     if bank.shape.bias:
-        out = out + ((ups if ups.ndim == 2 else ups.mean(-1)) @ bank.bias.to(x.dtype))[:, None]
-    return out
+        parts.append((ups if ups.ndim == 2 else ups.mean(-1)) @ bank.bias.to(dtype))
+    return parts
 
 
-def token_factors(bank: Bank, x: Tensor, gates: Tensor) -> Tensor:
+def _token_factors(bank: Bank, x: Tensor, gates: Tensor, into: Tensor) -> None:
     """Factors mixed for each token: `(sum_i g_i B_i) (sum_j g_j A_j) x`, and no token's own matrices.
 
     Args:
         bank: low-rank experts of equal ranks.
         x: (batch, tokens, width).
         gates: (batch, tokens, E).
+        into: (batch, tokens, d_out), is added to, in place.
     """
     gates = gates.to(x.dtype)
     z = bank.project(x).unflatten(-1, (bank.experts, -1))
     mixed = torch.einsum("bte,bter->btr", gates, z)
-    out = (gates[..., None] * mixed[:, :, None]).flatten(-2) @ bank.up.to(x.dtype)
-    return out + gates @ bank.bias.to(x.dtype) if bank.shape.bias else out
+    spread = (gates[..., None] * mixed[:, :, None]).flatten(-2)
+    into.flatten(0, 1).addmm_(spread.flatten(0, 1).to(into.dtype), bank.up.to(into.dtype))
+    if bank.shape.bias:
+        into.add_(gates @ bank.bias.to(x.dtype))
 
 
 def _merged(stack: Tensor, gates: Tensor, experts: int) -> Tensor:
@@ -136,7 +186,7 @@ def _merged(stack: Tensor, gates: Tensor, experts: int) -> Tensor:
     return torch.einsum("bes,ersw->brsw", gates, blocks).reshape(-1, rank, width)
 
 
-def _rows(x: Tensor, call: Call) -> Tensor:
+def rows_of(x: Tensor, call: Call) -> Tensor:
     """x as (batch, tokens, width): layers may see tokens flat, on a grid, or one vector an example."""
     if x.shape[0] == call.batch:
         return x.reshape(call.batch, -1, x.shape[-1])
@@ -168,7 +218,10 @@ def _decision(layer: Any, rows: Tensor, call: Call) -> Decision:
                 "model.coterie.route",
                 f"give gates of shape ({call.batch}, 1, experts)",
             )
-        return Decision(len(candidates), None, context.gates[:, 0, list(candidates)].to(rows.device))
+        gates = context.gates[:, 0, list(candidates)].to(rows.device)
+        if router.routing.combine == "factors" or context.active >= len(candidates):
+            return Decision(len(candidates), None, gates)
+        return Decision(len(candidates), *gates.topk(context.active)[::-1])
     if router.score.reads == "call":
         return router.decide(None, None, call, layer.index)
     if layer.decodes:
@@ -209,18 +262,14 @@ def _gates(decision: Decision) -> Tensor:
     return decision.gates()
 
 
-def _segments(layer: Any, rows: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+def _segments(layer: Any, rows: Tensor, into: Tensor, call: Call) -> Tensor:
     """Each segment under the decision that the one before it makes; the first is level, what follows the prompt its.
 
     Level, since a decision that reads its own segment, as Lory's first does, looks ahead (arXiv:2405.03133, section 3).
     """
-    bank, routing = layer.bank, layer.router.routing
+    bank, routing = layer.bank, layer.routing
     length = routing.segment
     batch, tokens, width = rows.shape
-    if call.continues:
-        decision = _decision(layer, rows, call)
-        gates = _gates(decision)[:, None]
-        return apply(bank, rows, decision, routing.combine), gates.expand(-1, tokens, -1)
     valid = _valid(layer, rows, call)
     valid = torch.ones(batch, tokens, dtype=torch.bool, device=rows.device) if valid is None else valid
     count = -(-tokens // length)
@@ -241,7 +290,8 @@ def _segments(layer: Any, rows: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         belongs = torch.where(valid & ~prompt & has, torch.full_like(belongs, count), belongs)
     per_token = gates.gather(1, belongs[..., None].expand(-1, -1, gates.shape[-1]))
     if routing.combine == "outputs":
-        return _mix(bank, rows, per_token), per_token
+        _mix(bank, rows, per_token, into)
+        return per_token
     # Each segment as a row of its own: tokens go to (segment, place in it) and back.
     segments = gates.shape[1]
     place = (belongs[:, :, None] == torch.arange(segments, device=rows.device)).cumsum(1)
@@ -249,11 +299,13 @@ def _segments(layer: Any, rows: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     at = (torch.arange(batch, device=rows.device)[:, None] * segments + belongs) * tokens + place
     laid = rows.new_zeros(batch * segments * tokens, width).index_copy(0, at.flatten(), rows.flatten(0, 1))
     decision = Decision(bank.experts, None, gates.flatten(0, 1))
-    out = factors(bank, laid.view(batch * segments, tokens, width), decision)
-    return out.flatten(0, 1).index_select(0, at.flatten()).view(batch, tokens, -1), per_token
+    out = into.new_zeros(batch * segments, tokens, into.shape[-1])
+    factors(bank, laid.view(batch * segments, tokens, width), decision, out)
+    into.add_(out.flatten(0, 1).index_select(0, at.flatten()).view(into.shape))
+    return per_token
 
 
-def _slots(layer: Any, rows: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+def _slots(layer: Any, rows: Tensor, into: Tensor, call: Call) -> Tensor:
     """Soft MoE: each expert reads its slots, mixtures of the example's tokens (arXiv:2308.00951, section 2.1)."""
     bank, router = layer.bank, layer.router
     valid = _valid(layer, rows, call)
@@ -269,5 +321,5 @@ def _slots(layer: Any, rows: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         mine = slots[:, expert * each : (expert + 1) * each]
         out = bank.project(mine, expert) @ bank.up[bank.rows(expert)].to(rows.dtype)
         outputs.append(out + bank.bias[expert].to(out) if bank.shape.bias else out)
-    gates = combine.unflatten(-1, (bank.experts, each)).sum(-1)
-    return torch.einsum("bts,bsd->btd", combine.to(rows.dtype), torch.cat(outputs, dim=1)), gates
+    into.baddbmm_(combine.to(into.dtype), torch.cat(outputs, dim=1).to(into.dtype))
+    return combine.unflatten(-1, (bank.experts, each)).sum(-1)

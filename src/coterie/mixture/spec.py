@@ -12,6 +12,7 @@ from ..errors import CoterieError
 from ..experts.bank import BankShape
 from ..experts.masked import shape_from_dict
 from ..routing.prepass import Classifier
+from ..routing.retrieval import Embeddings
 from ..routing.router import Routing
 from .forward import decoder_path
 from .heads import per_expert
@@ -100,7 +101,7 @@ def insert(model: nn.Module, spec: MixtureSpec, tensors: dict[str, dict[str, Any
         given = tensors[path] if tensors is not None else None
         layer = add_experts(model.get_submodule(path), shape, spec.routing, given, widths.get(path), len(spec.experts))
         replace(model, path, layer)
-    _add_prepass(model, spec)
+    _add_shared(model, spec)
     for path, head in spec.heads.items():
         replace(model, path, per_expert(model.get_submodule(path), head.owners, head.shapes))
 
@@ -110,7 +111,7 @@ def reroute(model: nn.Module, spec: MixtureSpec) -> None:
     widths = _read_widths(model, spec)
     for path in spec.layers:
         route(model.get_submodule(path), spec.routing, widths.get(path), len(spec.experts))
-    _add_prepass(model, spec)
+    _add_shared(model, spec)
 
 
 def _read_widths(model: Any, spec: MixtureSpec) -> dict[str, int]:
@@ -122,13 +123,17 @@ def _read_widths(model: Any, spec: MixtureSpec) -> dict[str, int]:
     return {path: width for path in spec.layers if path.startswith(f"{decoder}.")}
 
 
-def _add_prepass(model: Any, spec: MixtureSpec) -> None:
-    """The classifier of a mixture whose experts are weighed by a pass of the whole model."""
-    if spec.routing.score != "prepass":
+def _add_shared(model: Any, spec: MixtureSpec) -> None:
+    """What decides for all layers at once: X-LoRA's classifier of a pass before, or the experts' text embeddings."""
+    if spec.routing.score not in ("prepass", "retrieval"):
         return
     options = dict(spec.routing.score_options)
-    layers = len(spec.layers) if options.pop("layerwise") else 1
     weight = next(iter(model.parameters()))
+    router: nn.Module
     with torch.device(weight.device):
-        router = Classifier(model.config.get_text_config().hidden_size, len(spec.experts), layers, **options)
+        if spec.routing.score == "retrieval":
+            router = Embeddings(**options)
+        else:
+            layers = len(spec.layers) if options.pop("layerwise") else 1
+            router = Classifier(model.config.get_text_config().hidden_size, len(spec.experts), layers, **options)
     model.add_module("coterie_router", router.to(weight.dtype))

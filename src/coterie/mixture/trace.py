@@ -68,7 +68,10 @@ def routing_trace(model: Any, scores: bool = False) -> Iterator[RoutingTrace]:
         whole = gates.new_zeros(*gates.shape[:-1], total)
         whole[..., candidates] = gates.detach()
         trace[name] = trace.shaped(whole)
-        if (found := pending.pop(layer, None)) is not None:
+        # scores that decide for other rows than tokens (segments, slots) have no place here
+        if (found := pending.pop(layer, None)) is not None and found.numel() * total == trace[name].numel() * len(
+            candidates
+        ):
             whole = found.new_full(trace[name].shape, -torch.inf)
             whole[..., candidates] = found.detach().view(*whole.shape[:-1], -1)
             trace.scores[name] = whole

@@ -42,8 +42,11 @@ class Call:
         encoder: (batch, d), the masked mean of the encoder's final hidden states.
         gates: (batch, tokens, layers or 1, E), decided by a pass of the whole model before.
         off: whether the experts are switched off: this is that pass.
+        watched: number of the layer of which that pass keeps what it reads, and
+        seen: what it read, (batch, tokens, width).
         kept: decisions that outlive the call, by layer, beside the KV cache: gates (batch, E); None without a cache.
-            Under negative numbers: -1 `key`, -2 the cache of the pass before, -3 its gates.
+            Under ("merged", layer), the experts that they merged; -1, `key`; -2, the cache of the pass before; -3, its
+            gates.
         continues: whether the call goes on from a cache that holds decisions.
         losses: name -> one weighted term for each layer, added to the model's loss.
         policies: sampled choices that wait for their reward.
@@ -61,7 +64,9 @@ class Call:
     encoder: Tensor | None = None
     gates: Tensor | None = None
     off: bool = False
-    kept: dict[int, Any] | None = None
+    watched: int | None = None
+    seen: Tensor | None = None
+    kept: dict[Any, Any] | None = None
     continues: bool = False
     losses: dict[str, list[Tensor]] = field(default_factory=dict)
     policies: list[Policy] = field(default_factory=list)

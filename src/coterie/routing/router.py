@@ -21,9 +21,11 @@ from .linear import Linear, Soft
 from .pooling import Pool
 from .prepass import Prepass
 from .reinforce import Reinforce
-from .select import First, Given, Softmax, TopK
+from .retrieval import Retrieval
+from .select import First, Given, Shares, Sigmoid, Softmax, TopK
 from .tag import Tag
 from .uniform import Uniform
+from .vectors import Vectors
 
 # outputs: of the experts. factors: their parameters, before they are applied (a different function, also without a
 # non-linearity). slots: mixtures of tokens go to the experts (Soft MoE).
@@ -40,12 +42,17 @@ SCORES: dict[str, Any] = {
     "hash": Hash,
     "level": Level,
     "prepass": Prepass,
+    "signal": Prepass,
+    "vectors": Vectors,
+    "retrieval": Retrieval,
 }
 SELECTIONS: dict[str, Any] = {
     "top_k": TopK,
     "softmax": Softmax,
     "given": Given,
     "first": First,
+    "shares": Shares,
+    "sigmoid": Sigmoid,
     "gumbel": Gumbel,
     "reinforce": Reinforce,
     "uniform": Uniform,
@@ -68,7 +75,7 @@ class Routing:
             averaged over the layers.
 
     Raises:
-        CoterieError: a name is unknown.
+        CoterieError: a name is unknown, or a number out of range.
     """
 
     score: str
@@ -90,6 +97,15 @@ class Routing:
         ):
             if name not in known:
                 raise CoterieError(f"unknown {what} {name!r}", "routing", f"known: {', '.join(known)}")
+        dropout = self.select_options.get("dropout", 0.0)
+        if not 0 <= dropout < 1:
+            raise CoterieError(f"dropout is {dropout}", "routing", "some expert must be left: 0 or more, below 1")
+        if self.pool == "segment" and self.segment < 1:
+            raise CoterieError(f"segment is {self.segment}", "routing", "say how many tokens make one")
+        if self.select == "reinforce" and self.pool in ("token", "segment"):
+            raise CoterieError(
+                f"reinforce is rewarded for an example, and its pool is {self.pool}", "routing", "pool by example"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         usual = {f.name: f.default_factory() if callable(f.default_factory) else f.default for f in fields(self)}
@@ -99,6 +115,11 @@ class Routing:
     def by_token(self) -> bool:
         """Whether a token is routed by itself alone, so that nothing of the call need be known."""
         return self.pool == "token" and SCORES[self.score].reads != "call" and self.combine == "outputs"
+
+    @property
+    def decides_before(self) -> bool:
+        """Whether a pass of the whole model without experts decides before the call."""
+        return self.score in ("prepass", "signal")
 
     @property
     def by_call(self) -> bool:

@@ -72,6 +72,37 @@ class Softmax(nn.Module):
         return Decision(scores.shape[-1], None, gates)
 
 
+class Shares(nn.Module):
+    """The k experts of the largest scores answer: each by its score's share of their sum, or all alike.
+
+    Args:
+        k: how many experts answer (all of them where there are fewer). Scores are not negative, unless `level`.
+        level: whether they answer alike, by 1 / k.
+    """
+
+    def __init__(self, k: int, level: bool = False):
+        super().__init__()
+        self.k, self.level = k, level
+
+    def forward(self, scores: Tensor) -> Decision:
+        """The decision for n rows from (n, E) float32 scores."""
+        values, index = scores.topk(min(self.k, scores.shape[-1]), dim=-1)
+        values = torch.ones_like(values) if self.level else values
+        tiny = torch.finfo(values.dtype).tiny
+        return Decision(scores.shape[-1], index, values / values.sum(-1, keepdim=True).clamp(min=tiny))
+
+
+class Sigmoid(nn.Module):
+    """Every expert answers by the sigmoid of its score, for itself alone."""
+
+    def __init__(self, k: int = 0):
+        super().__init__()
+
+    def forward(self, scores: Tensor) -> Decision:
+        """The decision for n rows from (n, E) float32 scores."""
+        return Decision(scores.shape[-1], None, scores.sigmoid())
+
+
 class Given(nn.Module):
     """The scores are the gates."""
 

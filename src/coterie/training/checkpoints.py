@@ -41,3 +41,16 @@ class SavePretrained:
             return save(model, save_directory, *args, **kwargs)
         finally:
             config.quantization_config, model._keys_to_ignore_on_save = complete, ignored
+
+
+def forgive(model: Any, keys: Any) -> None:
+    """A checkpoint lacks what is frozen, which its model has: only what else is missing is worth a word.
+
+    Args:
+        model: a wrapped model whose `load_state_dict` has run.
+        keys: torch's account of it, changed in place.
+    """
+    frozen = {name for name, tensor in model.state_dict(keep_vars=True).items() if not tensor.requires_grad}
+    own = {name for name, _ in model.named_buffers() if ".router." in name or ".bank." in name}
+    if not set(keys.missing_keys) - (frozen - own):
+        keys.missing_keys.clear()

@@ -22,7 +22,8 @@ from ..mixture.probe import probe
 from ..mixture.sites import choose_sites, outside_base
 from ..mixture.spec import MixtureSpec, insert, reroute
 from ..recipe import Modules
-from .checkpoints import SavePretrained
+from .adapters import read_adapters, start, suited
+from .checkpoints import SavePretrained, forgive
 
 # Where bottleneck adapters stand unless globs say otherwise: behind what ends a sub-layer, under its usual names.
 SUBLAYER_ENDS = (
@@ -49,7 +50,8 @@ class MixtureConfig(BaseModel):
 
     Attributes:
         method: a trained method that `coterie methods` lists; or an assembly of the axes themselves.
-        experts: how many, or their names.
+        experts: how many; or their names; or name -> PEFT LoRA adapter (directory or Hub id) that the expert starts
+            from: `rank` is then the largest of theirs by default, `modules` the layers that any of them adapts.
         parameters: the method's parameters.
         modules: globs on module paths: the linear layers that get experts. Default: all that a forward pass calls (but
             output heads); of bottleneck adapters, those that end a sub-layer.
@@ -61,7 +63,7 @@ class MixtureConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
     method: str | Mixture = "smear"
-    experts: int | list[str] = Field(default=8)
+    experts: int | list[str] | dict[str, str] = Field(default=8)
     parameters: dict[str, Any] = {}
     modules: Modules = Modules()
     also_train: list[str] | None = None
@@ -96,6 +98,11 @@ class MixtureConfig(BaseModel):
             CoterieError: no such method, one that is built and not trained, or a parameter out of range.
         """
         if isinstance(self.method, Mixture):
+            routing = self.method.routing
+            if routing.combine != "slots" and routing.k > len(self.names):
+                raise CoterieError(
+                    f"top_k is {routing.k} and there are {len(self.names)} experts", "method", "lower top_k"
+                )
             return "custom", {}, self.method
         method = get(self.method)
         parameters = method.parameters(self.parameters, len(self.names))
@@ -151,6 +158,7 @@ def wrap(model: Any, config: MixtureConfig | None = None, train: Part = "all") -
         raise CoterieError(f"there is nothing to train: it has no {train}", "train", "train all, or experts")
     if hasattr(mixture, "save_pretrained"):
         mixture.save_pretrained = SavePretrained(mixture)
+    mixture.register_load_state_dict_post_hook(forgive)
     return mixture.train()
 
 
@@ -177,6 +185,8 @@ def _shared_copy(model: Any) -> Any:
 
 def _fresh(model: Any, config: MixtureConfig) -> Any:
     """A copy of a dense model with fresh experts and routers."""
+    adapters = read_adapters(model, config.experts) if isinstance(config.experts, dict) else []
+    config = suited(config, adapters)
     name, parameters, assembly = config.assemble()
     kind = assembly.experts
     if not isinstance(kind, Fresh):
@@ -188,6 +198,11 @@ def _fresh(model: Any, config: MixtureConfig) -> Any:
         raise CoterieError(f"single has one expert, and {len(names)} are named", "experts", "name one")
     mixture = _shared_copy(model)
     paths, siblings = _layers(mixture, config, kind)
+    lost = [(each.name, path) for each in adapters for path in each.adapted if path not in paths]
+    if lost:
+        raise CoterieError(
+            f"expert {lost[0][0]!r} adapts {lost[0][1]!r}, which gets no experts", "modules", "include it"
+        )
     spec = MixtureSpec(name, parameters, assembly.routing, names)
     for path in paths:
         spec.layers[path] = kind.shape(len(names), *widths(mixture.get_submodule(path)))
@@ -196,7 +211,10 @@ def _fresh(model: Any, config: MixtureConfig) -> Any:
     generator = torch.Generator().manual_seed(config.seed)
     with torch.no_grad():
         for path in paths:
-            kind.reset(mixture.get_submodule(path).bank, generator)
+            bank = mixture.get_submodule(path).bank
+            kind.reset(bank, generator)
+            for expert, adapter in enumerate(adapters):
+                start(bank, expert, adapter, path)
     return _with_fresh_routers(mixture, spec, generator)
 
 
@@ -210,12 +228,6 @@ def _rerouted(mixture: Any, config: MixtureConfig) -> Any:
         if not bank.linear or bank.whole:
             raise CoterieError(
                 "its experts are masks or adapters with routers of their own kind", path, "train it as it is"
-            )
-        if assembly.routing.combine == "factors" and len(set(shape.ranks or (0, 1))) > 1:
-            raise CoterieError(
-                f"its experts' ranks are {list(shape.forms)}, and {name} averages their factors",
-                path,
-                "build it with one rank, or choose a method that mixes outputs",
             )
         bank._parameters.pop("gate", None)
         spec.layers[path] = bank.shape = replace(shape, gate_rank=0, gate=False)
@@ -246,10 +258,13 @@ def _layers(model: Any, config: MixtureConfig, kind: Fresh) -> tuple[list[str], 
         )
     seen = probe(Skeleton(type(model), model.config).model) if isinstance(model, PreTrainedModel) else None
     called = None if seen is None else seen.called
-    sites = choose_sites(model, set(), modules, "base", called, LiveSkeleton(model).tied, notes)
-    wrong = [note for note in notes if note.startswith(("include", "exclude"))]
-    if wrong and config.modules.include != ["*"]:
-        raise CoterieError(wrong[0], "modules", "see model.named_modules() for the names")
+    sites = choose_sites(model, set(), modules, "base", called, LiveSkeleton(model).tied, notes, needed=False)
+    given = [repr(glob) for glob in (*config.modules.include, *config.modules.exclude)]
+    wrong = [note for note in notes if any(glob in note for glob in given)]
+    if not sites.layers:
+        wrong = ["no layer would become a mixture layer", *wrong]
+    if wrong:
+        raise CoterieError(": ".join(wrong), "modules", "see model.named_modules() for the names")
     return sites.layers, [] if seen is None else seen.siblings()
 
 

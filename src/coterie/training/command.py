@@ -1,0 +1,40 @@
+"""`coterie train`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def train(
+    recipe: Annotated[
+        Path,
+        typer.Argument(
+            help="A YAML file: task, base, data (train, validation, input, target, task, labels, max_tokens), method, "
+            "experts, parameters, modules, also_train, train (all, experts, routers), training (TrainingArguments), "
+            "seed."
+        ),
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The directory to make; it appears only when complete.")],
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint of a run that was interrupted.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing directory.")] = False,
+    token: Annotated[str | None, typer.Option("--token", help="Hub token; default: the stored one.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for a program instead of tables.")] = False,
+) -> None:
+    """Train a mixture: fresh experts and routers in a model, or those of a mixture, from a recipe."""
+    from rich.console import Console
+    from transformers.utils import logging
+
+    from .train import train as run
+
+    logging.disable_progress_bar()
+    report = run(recipe, out, resume=resume, force=force, token=token, quiet=as_json)
+    if as_json:
+        typer.echo(json.dumps(report.to_dict(), indent=1, ensure_ascii=False))
+    else:
+        Console().print(report.table())

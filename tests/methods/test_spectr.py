@@ -1,0 +1,55 @@
+"""SpectR against its formula in float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from drawer import apart, batch, drawer, mixture_of, spectr
+
+import coterie
+
+ARCHS = ("bert", "llama", "gpt2")
+
+
+@pytest.fixture(scope="module")
+def drawers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    return {arch: drawer(tmp_path_factory.mktemp(arch), arch) for arch in ARCHS}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_equals_the_formula(arch: str, drawers: Any, tmp_path: Path) -> None:
+    recipe, given = drawers[arch], batch(arch)
+    for k, temperature in ((1, 1.0), (2, 0.3), (3, 1.0)):
+        out = tmp_path / f"{k}"
+        coterie.build(method="spectr", parameters={"top_k": k, "temperature": temperature}, out=out, **recipe)
+        got = coterie.load(str(out)).double()
+        for path in ("stacked", "grouped"):
+            with got.coterie.use_path(path):
+                assert apart(arch, got, mixture_of(arch, recipe, spectr(k, temperature)), given) < 1e-5
+
+
+@pytest.mark.parametrize(("arch", "pool"), [("bert", "sequence"), ("llama", "prompt")])
+def test_pools(arch: str, pool: str, drawers: Any, tmp_path: Path) -> None:
+    recipe, given, more = drawers[arch], batch(arch), {}
+    read = given["attention_mask"].bool()
+    if pool == "prompt":
+        more = {"prompt_lengths": torch.tensor([4, 2, 3])}
+        read = read & (read.cumsum(1) <= more["prompt_lengths"][:, None])
+    coterie.build(method="spectr", parameters={"top_k": 2, "pool": pool}, out=tmp_path / "m", **recipe)
+    got = coterie.load(str(tmp_path / "m")).double()
+    assert apart(arch, got, mixture_of(arch, recipe, spectr(2), read=read), given, **more) < 1e-5
+
+
+def test_weights_scale_deltas_and_not_scores(drawers: Any, tmp_path: Path) -> None:
+    recipe = drawers["bert"]
+    weighted = {name: {"source": source, "weight": 0.5} for name, source in recipe["experts"].items()}
+    for name, experts in (("whole", recipe["experts"]), ("half", weighted)):
+        coterie.build(method="spectr", base=recipe["base"], experts=experts, out=tmp_path / name)
+    whole, half = (coterie.load(str(tmp_path / name)) for name in ("whole", "half"))
+    for path in whole.coterie.layers:
+        a, b = whole.get_submodule(path).bank, half.get_submodule(path).bank
+        assert torch.equal(a.score_rows(), b.score_rows())
+        assert torch.equal(a.up, 2 * b.up)
