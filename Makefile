@@ -12,7 +12,7 @@ single := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env demo demo-full test test-all lint types format docs bench bench-full bench-paths bench-native bench-merging bench-library bench-memory bench-fusionbench clean
+.PHONY: help env demo demo-full test test-all lint types format docs bench bench-full bench-paths bench-native bench-merging bench-library bench-arrow bench-smear bench-learned bench-memory bench-fusionbench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -73,6 +73,18 @@ bench-merging: $(stamp) ## merging and extracting against mergekit, in an enviro
 
 bench-library: $(stamp) ## a library of up to a thousand adapters; retrieval among up to 100,000 vectors
 	@$(py) benchmarks/library.py
+
+bench-arrow: $(stamp) ## routing by Arrow against PEFT's
+	@$(single) $(py) benchmarks/arrow.py
+
+bench-smear: $(stamp) ## learned routers side by side, into docs/smear.md (about two hours; goes on where it was stopped)
+	@$(py) benchmarks/domains.py
+	@$(py) benchmarks/tasks.py
+	@$(py) benchmarks/routers_page.py
+
+bench-learned: $(stamp) ## what learned routers cost: a layer, whole models, training steps, X-LoRA
+	@$(single) $(py) benchmarks/learned.py
+	@$(py) benchmarks/routers_page.py
 
 bench-memory: $(stamp) ## peak memory of a build against depth and width
 	@$(single) $(py) benchmarks/memory.py

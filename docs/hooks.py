@@ -7,12 +7,17 @@ from typing import Any
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Put the tables where a page says `<!-- methods: mixtures -->` or `<!-- methods: merges -->`."""
+    """Put the tables where a page says `<!-- methods: built -->`, `trained` or `merges`."""
     from coterie.merging.registry import known as merges
     from coterie.methods import known as mixtures
 
-    for kind, known in (("mixtures", mixtures), ("merges", merges)):
-        markdown = markdown.replace(f"<!-- methods: {kind} -->", tables(known()))
+    kinds = {
+        "built": [method for method in mixtures() if not method.trained],
+        "trained": [method for method in mixtures() if method.trained],
+        "merges": merges(),
+    }
+    for kind, methods in kinds.items():
+        markdown = markdown.replace(f"<!-- methods: {kind} -->", tables(methods))
     return markdown
 
 

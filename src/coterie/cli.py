@@ -317,12 +317,17 @@ def inspect(
 def methods(
     name: Annotated[str | None, typer.Argument(help="Show this one only.")] = None, as_json: Json = False
 ) -> None:
-    """List the methods, their parameters and where they were published: of mixtures, then of merges."""
+    """List the methods, their parameters and where they were published: of what is built, trained, and merged."""
     from .merging.registry import known as merges
     from .methods import known as mixtures
     from .recipe import nearest
 
-    kinds: dict[str, list[Any]] = {"mixture": mixtures(), "merge": merges()}
+    kinds: dict[str, list[Any]] = {
+        "mixture": [method for method in mixtures() if not method.trained],
+        "trained mixture": [method for method in mixtures() if method.trained],
+        "merge": merges(),
+    }
+    commands = {"mixture": "build", "trained mixture": "train", "merge": "merge"}
     if name is not None:
         names = [each.name for found in kinds.values() for each in found]
         if name not in names:
@@ -339,9 +344,7 @@ def methods(
     from rich.table import Table
 
     for kind, found in kinds.items():
-        table = Table(
-            box=None, title=f"{kind}s: `coterie {'build' if kind == 'mixture' else 'merge'}`", title_justify="left"
-        )
+        table = Table(box=None, title=f"{kind}s: `coterie {commands[kind]}`", title_justify="left")
         for column in ("method", "what it does", "parameter", "default", "type", "meaning"):
             table.add_column(column, overflow="fold")
         for each in found:
@@ -391,8 +394,10 @@ def extract(
 @app.command("extract-expert")
 def extract_expert(
     directory: Annotated[str, typer.Argument(help="A mixture directory or Hub id.")],
-    name: Annotated[str, typer.Argument(help="The expert's name.")],
     out: Out,
+    name: Annotated[
+        str | None, typer.Argument(help="The expert's name; of LoraHub's one adapter, leave it out.")
+    ] = None,
     adapter: Annotated[bool, typer.Option("--adapter", help="A PEFT LoRA adapter instead of a dense model.")] = False,
     base: Annotated[str | None, typer.Option(help="The adapter's base, where the mixture does not name it.")] = None,
     force: Force = False,
@@ -404,7 +409,45 @@ def extract_expert(
 
     logging.disable_progress_bar()
     run(directory, name, out, force=force, adapter=adapter, base=base)
-    _console().print(f"{name}: {out}", markup=False)
+    _console().print(f"{name or directory}: {out}", markup=False)
+
+
+Moved = Annotated[str | None, typer.Option(help="Where the mixture's base is, if it has moved; it is compared.")]
+
+
+@app.command()
+def add(
+    mixture: Annotated[str, typer.Argument(help="A mixture directory or Hub id.")],
+    experts: Annotated[list[str], typer.Argument(metavar="NAME=SOURCE...", help="The further experts.")],
+    out: Out,
+    base: Moved = None,
+    force: Force = False,
+    token: Token = None,
+    as_json: Json = False,
+) -> None:
+    """Add experts to a built mixture; those that it has are taken over, and their sources are not needed."""
+    from .building.extend import add_experts as run
+
+    given = _pairs(experts, "coterie add")
+    console = None if as_json else _console(stderr=True)
+    _show(run(mixture, given, out, base=base, force=force, token=token, console=console), as_json)
+
+
+@app.command()
+def remove(
+    mixture: Annotated[str, typer.Argument(help="A mixture directory or Hub id.")],
+    experts: Annotated[list[str], typer.Argument(metavar="NAME...", help="The experts to leave out.")],
+    out: Out,
+    base: Moved = None,
+    force: Force = False,
+    token: Token = None,
+    as_json: Json = False,
+) -> None:
+    """Take experts out of a built mixture."""
+    from .building.extend import remove_experts as run
+
+    console = None if as_json else _console(stderr=True)
+    _show(run(mixture, experts, out, base=base, force=force, token=token, console=console), as_json)
 
 
 @app.command()
