@@ -16,6 +16,7 @@ from .errors import CoterieError
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "add_experts": "coterie.building.extend",
     "build": "coterie.building.build",
     "plan": "coterie.building.build",
     "BuildReport": "coterie.building.report",
@@ -24,12 +25,14 @@ _EXPORTS = {
     "extract_expert": "coterie.building.extract",
     "merge": "coterie.merging.merge",
     "MergeReport": "coterie.merging.report",
+    "lorahub": "coterie.methods.lorahub",
     "smile": "coterie.methods.smile",
     "load": "coterie.mixture.load",
     "MixtureConfig": "coterie.training.wrap",
     "routing_trace": "coterie.mixture.trace",
     "Recipe": "coterie.recipe",
     "library": "coterie.library",
+    "remove_experts": "coterie.building.extend",
     "methods": "coterie.methods",
     "train": "coterie.training.train",
     "watch": "coterie.training.log",
@@ -39,11 +42,13 @@ _EXPORTS = {
 if TYPE_CHECKING:
     from .building.build import build, plan
     from .building.compress import compress
+    from .building.extend import add_experts, remove_experts
     from .building.extract import extract_expert
     from .building.extract_adapter import extract
     from .building.report import BuildReport
     from .merging.merge import merge
     from .merging.report import MergeReport
+    from .methods.lorahub import lorahub
     from .methods.smile import smile
     from .mixture.load import load
     from .mixture.trace import routing_trace
@@ -58,15 +63,18 @@ __all__ = [
     "MergeReport",
     "MixtureConfig",
     "Recipe",
+    "add_experts",
     "build",
     "compress",
     "extract",
     "extract_expert",
     "library",
     "load",
+    "lorahub",
     "merge",
     "methods",
     "plan",
+    "remove_experts",
     "routing_trace",
     "smile",
     "train",

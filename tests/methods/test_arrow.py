@@ -8,7 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from drawer import apart, arrow, averaged_factors, batch, drawer, factors, mixture_of, outputs, with_spectrum
+from naive_library import apart, arrow, averaged_factors, batch, drawer, factors, mixture_of, outputs, with_spectrum
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import coterie

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from drawer import batch, drawer
+from naive_library import batch, drawer
 
 import coterie
 

@@ -6,9 +6,13 @@ import threading
 
 import pytest
 import torch
-from trained import BY_TASK, CAUSAL, KINDS, batch_of, call_of, quick, tasks, wrapped
+from trained import BY_TASK, CAUSAL, KINDS, batch_of, call_of, quick, randomise, tasks, wrapped
+from transformers import DynamicCache
 
 import coterie
+from coterie.routing.dselect import DSelect
+from coterie.routing.linear import Linear, Soft
+from coterie.routing.prepass import Classifier
 from matching import relative_error
 from zoo import base_model
 
@@ -330,3 +334,72 @@ def test_autocast():
         loss.backward()
         assert torch.isfinite(loss)
         assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("method", ["smear", "switch", "dselect_k", "soft_moe", "reinforce", "xlora"])
+def test_autocast_does_not_round_what_routers_compute(method):
+    """Scores are float32's, whatever the model computes in; so is the mean that they are made of."""
+    arch = "llama" if method == "xlora" else "bert"
+    model = coterie.wrap(base_model(arch), coterie.MixtureConfig(method=method, experts=3, parameters={"rank": 4}))
+    found = []
+    for module in model.eval().modules():
+        if isinstance(module, (Linear, Soft, DSelect, Classifier)):
+            module.register_forward_hook(lambda *call: found.append(call))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model(**batch_of(arch))
+    assert found
+    for score, (read,), scores in found:
+        assert scores.dtype == torch.float32
+        assert torch.equal(score.forward(read), scores)
+
+
+@pytest.mark.parametrize(("method", "options"), [("smear", {"pool": "prompt"}), ("xlora", {}), ("xlora_frozen", {})])
+def test_generation_with_a_cache_of_fixed_size(method, options):
+    """`generate` makes a mask of four dimensions for it, of which padding must be read all the same."""
+    model = pair_of("llama", method, options).eval()
+    given = batch_of("llama", padding="left")
+    keys = {"max_new_tokens": 4, "min_new_tokens": 4, "output_logits": True, "return_dict_in_generate": True}
+    grown = model.generate(**given, **keys, do_sample=False)
+    fixed = model.generate(**given, **keys, do_sample=False, cache_implementation="static", disable_compile=True)
+    assert relative_error(torch.stack(fixed.logits), torch.stack(grown.logits)) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("smear", {"pool": "prompt"}),
+        ("ensemble", {"pool": "segment", "segment": 3}),
+        ("xlora", {}),
+        ("xlora_frozen", {}),
+    ],
+)
+def test_decisions_follow_their_cache(method, options):
+    """Reordered, repeated and selected, its rows go on with the experts of their own prompts."""
+    model = pair_of("llama", method, options).eval()
+    ids = batch_of("llama", padding="")["input_ids"]
+
+    def after(change, rows):
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(input_ids=ids, past_key_values=cache)
+            change(cache)
+            following = torch.full((3, 1), 4)[torch.arange(rows) % 3]
+            return model(input_ids=following, past_key_values=cache).logits
+
+    plain, order = after(lambda cache: None, 3), torch.tensor([2, 0, 1])
+    assert relative_error(after(lambda cache: cache.reorder_cache(order), 3), plain[order]) <= 1e-5
+    assert relative_error(after(lambda cache: cache.batch_select_indices(torch.tensor([1])), 1), plain[[1]]) <= 1e-5
+    repeated = after(lambda cache: cache.batch_repeat_interleave(2), 6)
+    assert relative_error(repeated, plain.repeat_interleave(2, 0)) <= 1e-5
+
+
+def pair_of(arch, method, options):
+    """A mixture whose routers, also that of a pass before, are random."""
+    config = coterie.MixtureConfig(method=method, experts=3, parameters={"rank": 4, **options})
+    model = coterie.wrap(base_model(arch), config)
+    randomise(model)
+    if hasattr(model, "coterie_router"):
+        with torch.no_grad():
+            for parameter in model.coterie_router.parameters():
+                parameter.normal_(generator=torch.Generator().manual_seed(0))
+    return model

@@ -11,6 +11,7 @@ from trained import batch_of, call_of, tasks, wrapped
 
 import coterie
 from coterie.methods.registry import Mixture
+from coterie.mixture.forward import example_losses
 from coterie.routing.balance import balance, z
 from coterie.routing.decision import Decision
 from coterie.routing.gumbel import Gumbel
@@ -305,3 +306,59 @@ def test_poly_samples_in_training_and_rests_in_use():
 
 def test_a_decision_of_none():
     assert Decision.constant((1.0, 0.0), 3, torch.device("cpu")).gates().tolist() == [[1.0, 0.0]] * 3
+
+
+def test_padding_does_not_enter_where_a_decoder_reads_the_encoder():
+    """Keys and values of cross-attention are of the encoder's tokens, also where there are as many of the decoder's."""
+    model = wrapped("t5", "switch", balance=0.7, z_loss=0.3)
+    for length in (7, 5):  # the decoder has 5 tokens
+        given = batch_of("t5", length=length, labels=True)
+        loss = model(**given).loss
+        other = {**given, "input_ids": given["input_ids"].masked_fill(given["attention_mask"] == 0, 77)}
+        assert torch.allclose(model(**other).loss, loss, rtol=1e-6)
+
+
+def test_losses_join_a_loss_of_other_labels():
+    """Question answering has no `labels`, and a loss."""
+    from transformers import BertConfig, BertForQuestionAnswering
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    torch.manual_seed(0)
+    model = wrapped(BertForQuestionAnswering(BertConfig(vocab_size=100, **sizes)), "switch", balance=0.7, z_loss=0.0)
+    given = {"input_ids": torch.arange(10).view(2, 5)}
+    places = {"start_positions": torch.tensor([0, 1]), "end_positions": torch.tensor([1, 2])}
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    loss = model(**given, **places).loss
+    added = sum(model.coterie._context.last_losses.values())
+    assert added > 0 and model.coterie.losses() == 0
+    assert torch.allclose(loss - added, model.eval()(**given, **places).loss, atol=1e-6)
+
+
+def test_losses_of_an_earlier_call_are_not_taken_for_this_ones():
+    model, given = wrapped("bert", "switch"), batch_of("bert", labels=True)
+    model(**{name: value for name, value in given.items() if name != "labels"})
+    model(**given)
+    assert model.coterie.losses() == 0
+
+
+def test_consistency_is_of_the_tokens_that_are_learned():
+    """In a causal model, the token before a label predicts it; what predicts none must not matter."""
+    model, given = wrapped("llama", "adamix", consistency=1.0), batch_of("llama", padding="", labels=True)
+    given["labels"][:, 4:] = -100
+
+    def apart(**more):
+        torch.manual_seed(0)
+        model(**{**given, **more})
+        return model.coterie._context.last_losses["consistency"]
+
+    after = given["input_ids"].clone()
+    after[:, 3:] = 77  # read by tokens that predict nothing which is learned
+    assert torch.allclose(apart(input_ids=after), apart(), rtol=1e-5)
+
+
+def test_the_reward_of_several_classes():
+    logits, labels = torch.randn(2, 3), torch.tensor([[1.0, 0, 0], [0, 1, 1]])
+    wanted = -(labels * logits.sigmoid().log() + (1 - labels) * (-logits).sigmoid().log()).mean(1)
+    assert torch.allclose(example_losses(logits, labels, causal=False, several=True), wanted)

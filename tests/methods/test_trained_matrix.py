@@ -275,4 +275,23 @@ def test_checkpoints_hold_what_is_trained(tmp_path):
     assert {int(b) for n, b in again.named_buffers() if n.endswith("select.step")} == {1}
 
 
+def test_running_statistics_are_the_mixtures_own(tmp_path):
+    """Training changes a batch norm's: not the user's, and a checkpoint holds them."""
+    from transformers import LevitConfig, LevitForImageClassification
+
+    sizes = {"hidden_sizes": [16] * 3, "num_attention_heads": [2] * 3, "depths": [1] * 3, "key_dim": [8] * 3}
+    config = LevitConfig(image_size=64, mlp_ratio=[2] * 3, attention_ratio=[2] * 3, num_labels=3, **sizes)
+    config.down_ops = [["Subsample", 8, 2, 2, 2, 2]] * 2
+    base = LevitForImageClassification.from_pretrained(save(LevitForImageClassification(config), tmp_path / "base"))
+    before = {name: buffer.clone() for name, buffer in base.named_buffers()}
+    model = wrapped(base, "smear", modules={"include": ["*linear_up*"]})
+    given = {"pixel_values": torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))}
+    model(**given)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in base.named_buffers())
+    model.save_pretrained(tmp_path / "checkpoint-1")
+    again = coterie.load(tmp_path / "checkpoint-1").eval()
+    model.eval()
+    assert relative_error(answer(again, given), answer(model, given)) <= 1e-6
+
+
 assert set(BY_TASK) <= {m for m, _ in KINDS}

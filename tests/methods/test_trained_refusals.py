@@ -75,6 +75,23 @@ REFUSED = {
         lambda: by_hand(score="linear", select="reinforce", pool="token"),
         "reinforce",
     ),
+    "an unknown loss": (
+        lambda: by_hand(score="linear", select="top_k", losses={"balence": 0.1}),
+        "no loss 'balence' .*known: balance, z",
+    ),
+    "a loss where no layer decides": (
+        lambda: by_hand(score="soft", select="given", combine="slots", losses={"z": 0.1}),
+        "no loss 'z'",
+    ),
+    "nobody answers": (lambda: by_hand(score="linear", select="top_k", k=0), "k is 0"),
+    "a config that is none": (lambda: coterie.wrap(base_model("bert"), {"method": "smear"}), "and a dict"),
+    "a name for a model": (lambda: coterie.wrap("bert", coterie.MixtureConfig()), "got a str"),
+    "layers of a mixture": (
+        lambda: coterie.wrap(
+            wrapped("bert", "smear"), coterie.MixtureConfig(experts=3, modules={"include": ["*query"]})
+        ),
+        "a mixture has its layers",
+    ),
     "unknown score": (lambda: Routing(score="lineal", select="softmax"), "unknown score 'lineal'"),
     "segments of nothing": (
         lambda: by_hand(score="linear", select="softmax", pool="segment"),

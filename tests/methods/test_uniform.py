@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from drawer import apart, batch, drawer, mixture_of
+from naive_library import apart, batch, drawer, mixture_of
 
 import coterie
 

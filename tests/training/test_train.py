@@ -144,8 +144,17 @@ def test_a_mixture_is_trained_further(recipe, tmp_path):
     train(again, tmp_path / "second", quiet=True)
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "second"))
     changed = {name for name in one if not torch.equal(one[name], two[name])}
-    assert changed
-    assert all(".router." in name or name.startswith("classifier.") for name in changed)
+    assert all(".router." in name for name in changed)
+    routed = {**again, "method": "switch", "also_train": ["*LayerNorm.bias"], "training": {"max_steps": 1}}
+    train(routed, tmp_path / "third", quiet=True)
+    three = load_file(tmp_path / "third" / "model.safetensors")
+    beside = {
+        n for n in one if not torch.equal(one[n], three.get(n, one[n])) and ".router." not in n and ".bank." not in n
+    }
+    assert beside and all(name.endswith("LayerNorm.bias") for name in beside)
+    for key, value in {"modules": {"include": ["*query"]}, "parameters": {"rank": 2}}.items():
+        with pytest.raises(coterie.CoterieError, match=f"which has its {key}"):
+            train({**again, key: value}, tmp_path / "fourth", quiet=True)
 
 
 def test_a_mixture_is_first_built(recipe, drawer, tmp_path):
@@ -244,6 +253,7 @@ LLAMA = {"task": "causal-lm", "base": "llama"}
         ({"parameters": {"rank": 0}}, "rank is 0"),
         ({"modules": {"include": ["*nothing*"]}}, "no layer would become a mixture layer"),
         ({"also_train": ["*nothing*"]}, "no parameter of the base matches"),
+        ({"method": "smile", "experts": {"a": "b"}, "also_train": ["*classifier*"]}, "trained as it is"),
         ({"method": "tag"}, "goes by each row's task, and the data names none"),
         ({"method": "tag", "experts": 1, "data": files("both", task="kind")}, "the data has 2 tasks, and tag"),
         ({"data": {"target": None}}, "data.target is missing"),

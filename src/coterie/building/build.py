@@ -104,9 +104,27 @@ def build(
         )
     if engine not in ENGINES:
         raise CoterieError(f"unknown engine {engine!r}", "build", f"known: {', '.join(ENGINES)}")
-    started = time.monotonic()
-    ready = prepare(given, token)
-    inputs = ready.inputs
+    how: dict[str, Any] = {"light": light, "device": device, "jobs": jobs, "engine": engine, "resume": resume}
+    how |= {"token": token, "max_shard_bytes": max_shard_bytes, "console": console}
+    return write(prepare(given, token), out, force, **how)
+
+
+def write(
+    ready: Prepared,
+    out: Path,
+    force: bool,
+    *,
+    light: bool,
+    device: str,
+    jobs: int | None,
+    engine: str,
+    resume: bool,
+    token: str | None,
+    max_shard_bytes: int,
+    console: Console | None,
+) -> BuildReport:
+    """Run a prepared build; arguments, result and errors as of `build`."""
+    started, given, inputs = time.monotonic(), ready.inputs.recipe, ready.inputs
     expected = _plan(ready, jobs, device)
     report = BuildReport(
         ready.method.name,

@@ -22,7 +22,7 @@ from .lora import BOTTLENECK, write_adapter
 
 def extract_expert(
     source: str | Path,
-    name: str,
+    name: str | None,
     out: str | Path,
     force: bool = False,
     adapter: bool = False,
@@ -35,7 +35,8 @@ def extract_expert(
 
     Args:
         source: a mixture directory or Hub id.
-        name: the expert.
+        name: the expert; None, with `adapter`: the experts' factors mixed as the mixture mixes them for every input
+            (LoraHub).
         out: the directory to make.
         force: replace an existing directory.
         adapter: write a PEFT LoRA adapter of the base instead: its factors as they are, `lora_alpha` their scale, and
@@ -48,18 +49,21 @@ def extract_expert(
     """
     from ..mixture.load import load, read_spec
 
-    names = read_spec(locate(str(source), kwargs.get("token")))["experts"]
-    if name not in names:
+    spec = read_spec(locate(str(source), kwargs.get("token")))
+    names = spec["experts"]
+    fixed = spec["routing"]["score"] == "fixed" and adapter
+    if name not in names and not (name is None and fixed):
         raise CoterieError(f"no expert {name!r}", str(source), f"known: {', '.join(names)}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that heads are to be selected: one is, below
-        light = bool(read_spec(locate(str(source), kwargs.get("token"))).get("base"))
-        model = load(str(source), **kwargs, **({"base": base} if light else {}))
+        model = load(str(source), **kwargs, **({"base": base} if spec.get("base") else {}))
     handle = model.coterie
-    index = handle.expert_names.index(name)
     if adapter:
+        index = None if name is None else names.index(name)
         write_adapter(model, index, base, Path(out), force, kwargs.get("token"))
         return
+    assert name is not None
+    index = names.index(name)
     bent = [n for n, m in model.named_modules() if is_mixture(m) and not m.bank.linear]
     if bent:
         raise CoterieError(f"expert {name!r} is {BOTTLENECK} (at {bent[0]!r})", str(source), "keep the mixture")

@@ -80,8 +80,11 @@ def write_metadata(
     provenance = {
         "recipe": inputs.recipe.model_dump(mode="json"),
         "versions": versions(),
+        "kinds": {expert.name: expert.kind for expert in inputs.experts},
         "base": {"id": base.id, "revision": base.revision, "fingerprint": fingerprint},
-        "tensors_read": {name: dict(sorted(c.sha256.items())) for name, c in inputs.checkpoints.items()},
+        "tensors_read": {
+            name: dict(sorted(inputs.read_before.get(name, c.sha256).items())) for name, c in inputs.checkpoints.items()
+        },
         "report": {**report.to_dict(), "out": None},
     }
     (folder / "mixture.json").write_text(json.dumps(provenance, indent=1, ensure_ascii=False), encoding="utf-8")

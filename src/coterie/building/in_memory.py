@@ -48,7 +48,9 @@ def build_in_memory(
 ) -> Any:
     """A mixture from live modules; the base and the experts stay as they are.
 
-    Args as in `coterie.smile`; statistics: name -> file, for methods whose routers need them. The account of the build is `model.coterie.report`.
+    Args as in `coterie.smile`; statistics: name -> file, for methods whose routers need them.
+
+    The account of the build is `model.coterie.report`.
     """
     if not isinstance(experts, dict):
         raise CoterieError("the experts are no mapping of names to modules", method, 'give {"name": module, ...}')

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from ..sources.checkpoint import Checkpoint
 from ..sources.experts import ExpertSource, FullExpert, shape_error
 from ..sources.locate import PATTERNS, Location, locate
 from ..sources.names import LiveSkeleton, ModuleView, Skeleton, View
+from .kept import Kept, KeptExpert
 from .notes import config_notes, tokenizer_notes
 
 # AutoModel classes for the task types of PEFT adapters.
@@ -46,6 +47,7 @@ class Inputs:
         experts: the experts likewise.
         left_out: source -> tensor on disk -> why the build does not use it.
         warnings: what was seen on the way, a sentence each.
+        read_before: source -> tensor on disk -> hash, of experts that an earlier build read.
     """
 
     recipe: Recipe
@@ -56,6 +58,7 @@ class Inputs:
     experts: list[ExpertSource]
     left_out: dict[str, dict[str, str]]
     warnings: list[str]
+    read_before: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @property
     def stored(self) -> View:
@@ -78,6 +81,8 @@ class Inputs:
                 found[f"expert {expert.name}"] = expert.checkpoint
             elif isinstance(expert, FullExpert) and isinstance(expert.view, View):
                 found[f"expert {expert.name}"] = expert.view.checkpoint
+            elif isinstance(expert, KeptExpert):
+                found[f"expert {expert.name}"] = expert.checkpoint
         return found
 
     def files(self) -> dict[str, dict[str, list[int]]]:
@@ -98,7 +103,7 @@ class Inputs:
             twin = copy.copy(expert)
             if isinstance(twin, FullExpert):
                 twin.view = _again(twin.view)
-            elif isinstance(twin, AdapterExpert):
+            elif isinstance(twin, (AdapterExpert, KeptExpert)):
                 twin.checkpoint = replace(twin.checkpoint, sha256={}, bytes_read=0)
             experts.append(twin)
         return replace(self, base=_again(self.base), experts=experts)
@@ -111,14 +116,23 @@ def _again(view: View | ModuleView) -> View | ModuleView:
     return twin
 
 
-def open_inputs(recipe: Recipe, token: str | None = None, result: str = "the mixture") -> Inputs:
-    """Locate every source, read every header, and bring all names into one; `result` is what warnings call it.
+def open_inputs(
+    recipe: Recipe, token: str | None = None, result: str = "the mixture", kept: Kept | None = None
+) -> Inputs:
+    """Locate every source, read every header, and bring all names into one.
+
+    Args:
+        recipe: names the sources.
+        token: Hub token.
+        result: what warnings call it.
+        kept: experts that are not read again.
 
     Raises:
         CoterieError: a source that is missing, damaged, quantised, or of another architecture than the rest.
     """
     where = locate(recipe.base, token)
-    places = {name: locate(expert.source, token) for name, expert in recipe.experts.items()}
+    again = {name: expert for name, expert in recipe.experts.items() if kept is None or name not in kept.names}
+    places = {name: locate(expert.source, token) for name, expert in again.items()}
     if where.is_adapter:
         raise CoterieError("is an adapter", f"base {recipe.base}", "give the model that it was trained on as the base")
     base_config = _config(where)
@@ -144,9 +158,14 @@ def open_inputs(recipe: Recipe, token: str | None = None, result: str = "the mix
     left_out = {"base": _check_foreign(base, skeleton, f"base {recipe.base}")}
     heads = head_paths(skeleton)
     experts: list[ExpertSource] = []
-    for name, place in places.items():
+    for name in recipe.experts:
         weight = recipe.experts[name].weight
         expert: ExpertSource
+        if kept is not None and name in kept.names:
+            experts.append(kept.expert(name, skeleton, weight))
+            left_out[f"expert {name}"] = experts[-1].left_out
+            continue
+        place = places[name]
         if place.is_adapter:
             expert = AdapterExpert(name, place, skeleton, weight, recipe.vocabulary == "base")
         else:
@@ -169,7 +188,8 @@ def open_inputs(recipe: Recipe, token: str | None = None, result: str = "the mix
             notes.append(
                 f"{source}: tensors under {', '.join(parts)} are not part of {architecture.__name__}, left out"
             )
-    return Inputs(recipe, config, labels, skeleton, base, experts, left_out, notes)
+    read_before = {} if kept is None else kept.read_before
+    return Inputs(recipe, config, labels, skeleton, base, experts, left_out, notes, read_before)
 
 
 def _coverage_notes(expert: ExpertSource, skeleton: Skeleton, base: View, heads: set[str]) -> list[str]:

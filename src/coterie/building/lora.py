@@ -26,12 +26,12 @@ from .finish import copy_inputs
 BOTTLENECK = "a bottleneck adapter behind the layer, with a non-linearity, and no delta of its weight"
 
 
-def write_adapter(model: Any, expert: int, base: str | None, out: Path, force: bool, token: str | None) -> None:
+def write_adapter(model: Any, expert: int | None, base: str | None, out: Path, force: bool, token: str | None) -> None:
     """Write the adapter of an expert.
 
     Args:
         model: a mixture that was loaded; its heads per expert are taken apart.
-        expert: its position.
+        expert: its position; None for the mix that the mixture is for every input.
         base: where the base is; None for what the mixture names.
         out: the directory to make.
         force: replace an existing directory.
@@ -41,7 +41,7 @@ def write_adapter(model: Any, expert: int, base: str | None, out: Path, force: b
         CoterieError: the expert is no low-rank pair everywhere, or nobody says what the base is.
     """
     handle, folder = model.coterie, Path(model.name_or_path)
-    name = handle.expert_names[expert]
+    name = "mix" if expert is None else handle.expert_names[expert]
     ranks: dict[str, int] = {}
     scales: dict[str, float] = {}
     tensors: dict[str, torch.Tensor] = {}
@@ -53,14 +53,21 @@ def write_adapter(model: Any, expert: int, base: str | None, out: Path, force: b
         if bank.whole or shape.ranks is None or shape.bias:
             why = "has a bias of its own" if shape.bias else "is no low-rank pair"
             raise CoterieError(f"expert {name!r} {why} (at {path!r})", str(folder), "take it dense: without --adapter")
-        if expert not in shape.experts or not shape.ranks[shape.experts.index(expert)]:
+        if expert is None:
+            weights = [model.get_submodule(path).router.score.weights[i] for i in shape.experts]
+            down, up = (mixed(stack.detach(), weights) for stack in (bank.down, bank.up))
+        elif expert in shape.experts:
+            rows = bank.rows(shape.experts.index(expert))
+            down, up = bank.down[rows].detach(), bank.up[rows].detach()
+        else:
             continue
-        rows = bank.rows(shape.experts.index(expert))
-        ranks[path], scales[path] = rows.stop - rows.start, shape.scale
-        tensors[f"{path}.lora_A.weight"] = bank.down[rows].detach()
-        tensors[f"{path}.lora_B.weight"] = bank.up[rows].detach().T
+        if not len(down):
+            continue
+        ranks[path], scales[path] = len(down), shape.scale
+        tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"] = down, up.T
     named = _base(folder, base, token)
-    handle.use_head(name)
+    if expert is not None:
+        handle.use_head(name)
     for parent in list(model.modules()):
         for leaf, child in list(parent._modules.items()):
             if isinstance(child, PerExpert):
@@ -99,6 +106,12 @@ def write_adapter(model: Any, expert: int, base: str | None, out: Path, force: b
         title = f"Expert {name} of a {handle.spec.method} mixture"
         card = f"---\nlibrary_name: peft\n{hub}tags: [coterie, lora]\n---\n\n# {title}\n"
         (made / "README.md").write_text(card, encoding="utf-8")
+
+
+def mixed(stack: torch.Tensor, weights: list[float]) -> torch.Tensor:
+    """`sum_i w_i` of the experts' blocks of a stack (R, d): (rank, d)."""
+    blocks = stack.view(len(weights), -1, stack.shape[-1])
+    return torch.einsum("e,erd->rd", torch.tensor(weights).to(blocks), blocks)
 
 
 def _base(folder: Path, base: str | None, token: str | None) -> Location:

@@ -38,6 +38,9 @@ def follow(
     followed = Followed(why, "base" if policy == "per_expert" else policy)
     total = torch.zeros_like(base, dtype=torch.float32) if policy == "average" else None
     for expert in experts:
+        if expert.altered(name):
+            followed.changed_by.append(expert.name)
+            continue
         value = expert.value(name, base)
         if value is None or is_counter(name) or same(value, base):
             continue

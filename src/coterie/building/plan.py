@@ -135,6 +135,8 @@ def make_plan(inputs: Inputs, method: str, mixture: Mixture, sites: Sites, warni
         for n, t in skeleton.tensors.items()
         if any(n.startswith(f"{p}.") for p in sites.heads)
     )
+    options = mixture.routing.score_options
+    embeddings = sum(options["counts"]) * options["width"] if mixture.routing.score == "retrieval" else 0
     names = [n for n in skeleton.tensors if n not in skeleton.tied]
     largest = max((layer.d_in * layer.d_out for layer in layers), default=0)
     averaged = max(
@@ -149,7 +151,7 @@ def make_plan(inputs: Inputs, method: str, mixture: Mixture, sites: Sites, warni
         sites.why_dense,
         sites.heads,
         base_parameters=total,
-        parameters=total + sum(layer.parameters for layer in layers) + head_parameters,
+        parameters=total + sum(layer.parameters for layer in layers) + head_parameters + embeddings,
         bytes_read=sum((base.bytes(n) if n in base else 0) + sum(e.bytes(n) for e in experts) for n in names),
         bytes_written=own + banks + heads,
         bytes_written_low=own,

@@ -8,10 +8,12 @@ from typing import Any
 
 from ..errors import CoterieError
 from ..methods.registry import Method, Mixture, get
+from ..mixture.forward import check_routing
 from ..mixture.probe import Probe, probe
 from ..mixture.sites import Sites, choose_sites
 from ..recipe import Recipe
 from .inputs import Inputs, open_inputs
+from .kept import Kept
 from .statistics import RouterStatistics, find
 
 
@@ -33,15 +35,21 @@ class Prepared:
     statistics: RouterStatistics | None = None
 
 
-def prepare(recipe: Recipe, token: str | None = None) -> Prepared:
-    """Open every source, check every parameter and sort every tensor, from headers alone."""
+def prepare(recipe: Recipe, token: str | None = None, kept: Kept | None = None) -> Prepared:
+    """Open every source, check every parameter and sort every tensor, from headers alone.
+
+    Args:
+        recipe: of the build.
+        token: Hub token.
+        kept: experts that an earlier build made, and that are not made again.
+    """
     method = get(recipe.method)
     method.parameters(recipe.parameters, len(recipe.experts))  # before anything is fetched
     if method.trained:
         raise CoterieError(
             f"{recipe.method} is trained, and a build trains nothing", "method", "use coterie.wrap or `coterie train`"
         )
-    inputs = open_inputs(recipe, token)
+    inputs = open_inputs(recipe, token, kept=kept)
     skeleton = inputs.skeleton
     missing = {name for name in skeleton.tensors if name not in inputs.base and name not in skeleton.tied}
     seen = probe(skeleton.model)
@@ -77,6 +85,7 @@ def sort(inputs: Inputs, missing: set[str], seen: Probe | None) -> Prepared:
     sites.others = {name: p for name, p in sites.others.items() if name not in per_expert}
     siblings = seen.siblings() if seen else []
     mixture, found = method.assemble(**parameters), None
+    check_routing(model, mixture.routing)
     if mixture.statistics is not None:
         found = find(mixture.statistics, inputs, sites.layers)
     own: dict[str, Any] = {} if found is None else found.options

@@ -35,6 +35,7 @@ class RouterStatistics:
 
     Attributes:
         kind: gate, activation; or task, examples, description (embeddings of texts).
+        experts: their names.
         files: of each expert.
         names: of each expert, module path in memory -> name in its file.
         digests: of each file's tensors.
@@ -42,13 +43,21 @@ class RouterStatistics:
     """
 
     kind: str
+    experts: list[str]
     files: list[Path] = field(default_factory=list)
     names: list[dict[str, str]] = field(default_factory=list)
     digests: list[str] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
 
     def rows(self, path: str, experts: Sequence[int]) -> Tensor:
-        """(n, d_in), the vectors of a layer's experts."""
+        """(n, d_in), the vectors of a layer's experts.
+
+        Raises:
+            CoterieError: one has none for this layer.
+        """
+        for i in experts:
+            if path not in self.names[i]:
+                raise _lacking(self.kind, self.experts[i], path)
         return torch.stack([self._tensor(i, self.names[i][path]) for i in experts])
 
     def embeddings(self) -> Tensor:
@@ -71,7 +80,7 @@ def find(kind: str, inputs: Inputs, layers: Sequence[str]) -> RouterStatistics:
     Raises:
         CoterieError: an expert has none (says how to make them), or they are of other weights, layers or encoders.
     """
-    found, encoders = RouterStatistics(kind), set()
+    found, encoders = RouterStatistics(kind, inputs.recipe.names), set()
     for expert in inputs.experts:
         where, given = f"expert {expert.name!r}", inputs.recipe.experts[expert.name].statistics
         file = Path(given) if given else file_of(Path(expert.location), kind)
@@ -83,12 +92,8 @@ def find(kind: str, inputs: Inputs, layers: Sequence[str]) -> RouterStatistics:
             raise CoterieError(
                 f"{file} holds statistics of kind {facts.get('kind')}, and these must be {kind}", where, HOW[kind]
             )
-        weights = Path(expert.location) / ADAPTER[1]
-        if (
-            "weights" in facts
-            and weights.is_file()
-            and facts["weights"] != hashlib.sha256(weights.read_bytes()).hexdigest()
-        ):
+        weights, made_of = Path(expert.location) / ADAPTER[1], facts.get("weights")
+        if made_of and weights.is_file() and made_of != hashlib.sha256(weights.read_bytes()).hexdigest():
             raise CoterieError(f"its {kind!r} statistics were made of other weights ({file})", where, HOW[kind])
         found.files.append(file)
         found.digests.append(facts["digest"])
@@ -99,12 +104,15 @@ def find(kind: str, inputs: Inputs, layers: Sequence[str]) -> RouterStatistics:
         names = {_in_memory(inputs, name): name for name in tensors}
         found.names.append(names)
         for path in layers:
-            width = widths(inputs.skeleton.module(path))[0]
-            if expert.rank_bound(path) == 0:
-                continue
-            if path not in names or list(tensors[names[path]].shape) != [width]:
+            width, bound = widths(inputs.skeleton.module(path))[0], expert.rank_bound(path)
+            if path not in names and bound:
+                raise _lacking(kind, expert.name, path)
+            shape = list(tensors[names[path]].shape) if path in names else [width]
+            if shape != [width]:
                 raise CoterieError(
-                    f"its {kind!r} statistics have no vector of {width} numbers for {path!r}", where, HOW[kind]
+                    f"its {kind!r} statistics have shape {shape} for {path!r}, and the layer asks for {[width]}",
+                    where,
+                    HOW[kind],
                 )
     if len(encoders) > 1:
         raise CoterieError(
@@ -115,6 +123,10 @@ def find(kind: str, inputs: Inputs, layers: Sequence[str]) -> RouterStatistics:
     for encoder, width in encoders:
         found.options |= {"encoder": encoder, "width": width}
     return found
+
+
+def _lacking(kind: str, expert: str, path: str) -> CoterieError:
+    return CoterieError(f"its {kind!r} statistics have no vector for {path!r}", f"expert {expert!r}", HOW[kind])
 
 
 def _in_memory(inputs: Inputs, path: str) -> str:

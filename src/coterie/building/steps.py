@@ -176,7 +176,9 @@ class _Making:
         transposed = hasattr(module, "nx")
         if tuple(weight.shape) != widths(module)[:: 1 if transposed else -1]:
             raise CoterieError(f"tensor '{path}.weight' has shape {list(weight.shape)}", "base", "restore the file")
-        deltas = [expert.delta(path, weight, transposed) for expert in experts]
+        deltas: list[Any] = [
+            expert.fitted(path, weight) or expert.delta(path, weight, transposed) for expert in experts
+        ]
         biases = [expert.bias(path, bias) for expert in experts]
         return self.ready.mixture.fitted.fit(
             path,

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch.nn import functional as F
 
-from ..sources.delta import Delta
+from ..errors import CoterieError
+from ..sources.delta import Delta, Dense, Fitted
 from .bank import BankShape
-from .factorise import factorise, frobenius, nothing, residual
+from .factorise import factorise, frobenius, residual
 
 Rank = int | Literal["full", "dense"]
 
@@ -123,7 +124,7 @@ class TruncatedSVD:
         self,
         path: str,
         weight: torch.Tensor,
-        deltas: list[Delta | None],
+        deltas: Sequence[Delta | Fitted | None],
         biases: list[torch.Tensor | None],
         scales: list[float],
     ) -> FittedLayer | None:
@@ -132,83 +133,112 @@ class TruncatedSVD:
         Args:
             path: the layer's name, for the report.
             weight: the base weight, (d_out, d_in).
-            deltas: per expert, its delta of the weight, or None where that is zero.
+            deltas: per expert, its delta of the weight, or None where that is zero; or what a fit made of it before.
             biases: per expert, its delta of the bias (d_out,), or None.
             scales: per expert, the factor on its delta (never on its score).
 
         Returns:
             The bank, or None where no expert changes the weight (a lone expert may change the bias alone).
+
+        Raises:
+            CoterieError: an expert that was fitted before has fewer directions than the others' scores need.
         """
-        d_out, d_in = weight.shape
+        parts: dict[int, Fitted] = {}
+        for i, delta in enumerate(deltas):
+            if delta is not None:
+                part = self._again(delta) if isinstance(delta, Fitted) else self.part(delta, biases[i], scales[i])
+                if part.rank:
+                    parts[i] = part
+        if len(deltas) == 1 and not parts and biases[0] is not None:
+            parts = {0: self.part(Dense(torch.zeros_like(weight)), biases[0], scales[0])}
+        return self._join(path, weight, parts, len(deltas)) if parts else None
+
+    def part(self, delta: Delta, bias: torch.Tensor | None, scale: float) -> Fitted:
+        """One expert's part; arguments as of `fit`."""
         wanted = (
             self.gate_rank if self.rank == "dense" else None if self.rank == "full" else max(self.rank, self.gate_rank)
         )
-        found = {i: factorise(delta, wanted) for i, delta in enumerate(deltas) if delta is not None}
-        found = {i: factors for i, factors in found.items() if factors.rank}
-        if len(deltas) == 1 and not found and biases[0] is not None:
-            found = {0: nothing(d_out, d_in)}
-        if not found:
-            return None
-        candidates, factors = list(found), list(found.values())
-        several = len(candidates) > 1
-        gate_rank = min(self.gate_rank, *(f.rank for f in factors)) if several else 0
+        f = factorise(delta, wanted)
         dense = self.rank == "dense"
-        kept = [len(f.s) if self.rank == "full" or dense else min(int(self.rank), len(f.s)) for f in factors]
+        k = len(f.s) if self.rank in ("full", "dense") else min(int(self.rank), len(f.s))
+        part = Fitted(f.vt, f.rank, 0.0 if dense else residual(f.s[:k], f.norm), 0.0 if dense else f.excess, f.norm)
+        if self.energies:
+            part.down, part.up = f.s[:k, None] * f.vt[:k], scale * f.u[:, :k].T
+        elif dense:
+            part.dense = scale * delta.dense()
+        else:
+            part.down, part.up = f.vt[:k], (f.u[:, :k] * (scale * f.s[:k])).T
+        part.bias = None if bias is None else scale * bias.float().cpu()
+        return part
+
+    def _again(self, part: Fitted) -> Fitted:
+        """A part that was made before, with the directions that it is scored by."""
+        if part.dense is not None:
+            f = factorise(Dense(part.dense), self.gate_rank) if not len(part.gate) else None
+            return part if f is None else replace(part, gate=f.vt, rank=f.rank)
+        gate = F.normalize(part.down) if self.energies else part.gate if len(part.gate) else part.down
+        rank, k = part.rank, len(part.down)
+        if self.rank == "full" or k != self.rank or k >= self.gate_rank:
+            rank = k
+        elif rank is None:  # truncated to fewer directions than scores read, it may have had more
+            rank = self.gate_rank
+        return replace(part, gate=gate, rank=rank)
+
+    def _join(self, path: str, weight: torch.Tensor, found: Mapping[int, Fitted], experts: int) -> FittedLayer:
+        d_out, d_in = weight.shape
+        candidates, parts = list(found), list(found.values())
+        several, dense = len(candidates) > 1, self.rank == "dense"
+        kept = [len(part.gate) if dense else len(part.down) for part in parts]
+        gate_rank = min(self.gate_rank, *(part.rank or 0 for part in parts)) if several else 0
         if self.energies:
             gate_rank = max(kept) if several else 0
-
+        elif any(len(part.gate) < gate_rank for part in parts):
+            raise CoterieError(
+                f"an expert of the mixture was kept with fewer directions than the {gate_rank} that scores need",
+                path,
+                "build the mixture anew",
+            )
         tensors: dict[str, torch.Tensor] = {}
-        if self.energies:
-            tensors["down"] = torch.cat([f.s[:k, None] * f.vt[:k] for f, k in zip(factors, kept, strict=True)])
-            tensors["up"] = torch.cat(
-                [scales[i] * f.u[:, :k].T for i, f, k in zip(candidates, factors, kept, strict=True)]
-            )
-        elif dense:
-            tensors["dense"] = torch.stack(
-                [scales[i] * (delta.dense() if (delta := deltas[i]) else torch.zeros_like(weight)) for i in candidates]
-            )
+        if dense:
+            tensors["dense"] = torch.stack([part.dense for part in parts if part.dense is not None])
         else:
-            tensors["down"] = torch.cat([f.vt[:k] for f, k in zip(factors, kept, strict=True)])
-            tensors["up"] = torch.cat(
-                [(f.u[:, :k] * (scales[i] * f.s[:k])).T for i, f, k in zip(candidates, factors, kept, strict=True)]
-            )
+            tensors["down"] = torch.cat([part.down for part in parts])
+            tensors["up"] = torch.cat([part.up for part in parts])
         own_gate = several and (dense or gate_rank > min(kept))
         if own_gate and self.energies:  # rows of zeros make ranks equal, and add nothing to a norm
-            parts = tensors["down"].split(kept)
-            tensors["gate"] = torch.cat([F.pad(part, (0, 0, 0, gate_rank - len(part))) for part in parts])
+            tensors["gate"] = torch.cat([F.pad(part.down, (0, 0, 0, gate_rank - len(part.down))) for part in parts])
         elif own_gate:
-            tensors["gate"] = torch.cat([f.vt[:gate_rank] for f in factors])
-        changed = any(biases[i] is not None for i in candidates)
+            tensors["gate"] = torch.cat([part.gate[:gate_rank] for part in parts])
+        changed = any(part.bias is not None for part in parts)
         if changed:
             zero = torch.zeros(d_out)
-            tensors["bias"] = torch.stack(
-                [zero if (b := biases[i]) is None else scales[i] * b.float().cpu() for i in candidates]
-            )
+            tensors["bias"] = torch.stack([zero if part.bias is None else part.bias for part in parts])
 
-        everyone = range(len(deltas))
-        at = {expert: position for position, expert in enumerate(candidates)}
         norm = frobenius(weight) or 1.0
+        forms: list[int | str] = ["dense"] * len(parts) if dense else list(kept)
         report = LayerReport(
             path,
             d_in,
             d_out,
-            ranks=[None if i not in at else "dense" if dense else kept[at[i]] for i in everyone],
+            ranks=spread(candidates, forms, experts),
             gate_rank=gate_rank,
-            residuals=[
-                None
-                if i not in at
-                else 0.0
-                if dense
-                else residual(factors[at[i]].s[: kept[at[i]]], factors[at[i]].norm)
-                for i in everyone
-            ],
-            excess=[None if i not in at else 0.0 if dense else factors[at[i]].excess for i in everyone],
-            norms=[factors[at[i]].norm / norm if i in at else None for i in everyone],
-            overlap=overlap([f.vt[:gate_rank] for f in factors]) if several else None,
+            residuals=spread(candidates, [part.residual for part in parts], experts),
+            excess=spread(candidates, [part.excess for part in parts], experts),
+            norms=spread(candidates, [part.norm / norm for part in parts], experts),
+            overlap=overlap([part.gate[:gate_rank].double() for part in parts]) if several else None,
             parameters=sum(t.numel() for t in tensors.values()),
         )
         shape = BankShape(tuple(candidates), None if dense else tuple(kept), gate_rank, own_gate, changed)
         return FittedLayer(shape, tensors, report)
+
+
+T = TypeVar("T")
+
+
+def spread(candidates: Sequence[int], values: Sequence[T], experts: int) -> list[T | None]:
+    """Candidates' values as a list over all experts."""
+    found = dict(zip(candidates, values, strict=True))
+    return [found.get(i) for i in range(experts)]
 
 
 def overlap(rows: list[torch.Tensor]) -> float:

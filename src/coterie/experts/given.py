@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn import functional as F
 
 from ..errors import CoterieError
-from ..sources.delta import Delta, LowRank
+from ..sources.delta import Delta, Fitted, LowRank
 from .bank import BankShape
-from .factorise import Factors, factorise, frobenius
-from .fit import FittedLayer, LayerReport, overlap
+from .factorise import factorise, frobenius
+from .fit import FittedLayer, LayerReport, overlap, spread
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class GivenFactors:
         self,
         path: str,
         weight: torch.Tensor,
-        deltas: list[Delta | None],
+        deltas: Sequence[Delta | Fitted | None],
         biases: list[torch.Tensor | None],
         scales: list[float],
     ) -> FittedLayer | None:
@@ -60,54 +60,69 @@ class GivenFactors:
             CoterieError: an expert is no low-rank adapter.
         """
         d_out, d_in = weight.shape
-        found: dict[int, tuple[LowRank, Factors]] = {}
+        found: dict[int, Fitted] = {}
         for i, delta in enumerate(deltas):
             if delta is None:
                 continue
-            if not isinstance(delta, LowRank):
-                raise CoterieError(
-                    "an expert has no factors here: it is a full fine-tune, or DoRA",
-                    path,
-                    "this method mixes the factors of LoRA adapters; make one with `coterie extract`",
-                )
-            factors = factorise(delta)
-            if factors.rank:
-                found[i] = delta, factors
+            part = self._again(delta) if isinstance(delta, Fitted) else self._part(path, delta, biases[i], scales[i])
+            if part.rank:
+                found[i] = part
         if not found:
             return None
-        candidates = list(found)
-        ranks = [len(delta.down) for delta, _ in found.values()]
+        candidates, parts = list(found), list(found.values())
+        ranks = [len(part.down) for part in parts]
         most, several = max(ranks), len(found) > 1
-        gate_rank = min(self.gate_rank, *(f.rank for _, f in found.values())) if several else 0
-        blocks = [
-            (F.pad(d.down, (0, 0, 0, most - r)), F.pad(d.up.T, (0, 0, 0, most - r)))
-            for (d, _), r in zip(found.values(), ranks, strict=True)
-        ]
-        tensors = {
-            "down": torch.cat([down.double() for down, _ in blocks]),
-            "up": torch.cat([up.double() * scales[i] for i, (_, up) in zip(candidates, blocks, strict=True)]),
-        }
+        gate_rank = min(self.gate_rank, *(part.rank or 0 for part in parts)) if several else 0
+
+        def stacked(blocks: list[torch.Tensor]) -> torch.Tensor:
+            return torch.cat([F.pad(block.double(), (0, 0, 0, most - len(block))) for block in blocks])
+
+        tensors = {"down": stacked([part.down for part in parts]), "up": stacked([part.up for part in parts])}
         if gate_rank:
-            tensors["gate"] = torch.cat([f.vt[:gate_rank] for _, f in found.values()])
-        changed = any(biases[i] is not None for i in candidates)
+            tensors["gate"] = torch.cat([part.gate[:gate_rank] for part in parts])
+        changed = any(part.bias is not None for part in parts)
         if changed:
             none = torch.zeros(d_out)
-            tensors["bias"] = torch.stack(
-                [none if (b := biases[i]) is None else scales[i] * b.float().cpu() for i in candidates]
-            )
+            tensors["bias"] = torch.stack([none if part.bias is None else part.bias for part in parts])
         norm = frobenius(weight) or 1.0
-        everyone = range(len(deltas))
         report = LayerReport(
             path,
             d_in,
             d_out,
-            ranks=[len(found[i][0].down) if i in found else None for i in everyone],
+            ranks=[*spread(candidates, ranks, len(deltas))],
             gate_rank=gate_rank,
-            residuals=[0.0 if i in found else None for i in everyone],
-            excess=[0.0 if i in found else None for i in everyone],
-            norms=[found[i][1].norm / norm if i in found else None for i in everyone],
-            overlap=overlap([f.vt[:gate_rank] for _, f in found.values()]) if several else None,
+            residuals=spread(candidates, [0.0] * len(parts), len(deltas)),
+            excess=spread(candidates, [0.0] * len(parts), len(deltas)),
+            norms=spread(candidates, [part.norm / norm for part in parts], len(deltas)),
+            overlap=overlap([part.gate[:gate_rank].double() for part in parts]) if several else None,
             parameters=sum(t.numel() for t in tensors.values()),
         )
         shape = BankShape(tuple(candidates), (most,) * len(candidates), gate_rank, gate_rank > 0, changed)
         return FittedLayer(shape, tensors, report)
+
+    def _again(self, part: Fitted) -> Fitted:
+        if len(part.gate):
+            return part
+        f = factorise(LowRank(part.up.T, part.down))
+        return replace(part, gate=f.vt[: self.gate_rank], rank=f.rank)
+
+    def _part(self, path: str, delta: Delta, bias: torch.Tensor | None, scale: float) -> Fitted:
+        if not isinstance(delta, LowRank):
+            raise CoterieError(
+                "an expert has no factors here: it is a full fine-tune, or DoRA",
+                path,
+                "this method mixes the factors of LoRA adapters; make one with `coterie extract`",
+            )
+        f = factorise(delta)
+        up = delta.up.T.double() * scale
+        return Fitted(
+            f.vt[: self.gate_rank],
+            f.rank,
+            0.0,
+            0.0,
+            f.norm,
+            delta.down,
+            up,
+            None,
+            None if bias is None else scale * bias.float().cpu(),
+        )

@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .clusters import cluster, merge_clusters
     from .encoder import SentenceEncoder
     from .expert import Expert
     from .index import Index
@@ -17,12 +18,24 @@ _EXPORTS = {
     "Index": "index",
     "Library": "store",
     "SentenceEncoder": "encoder",
+    "cluster": "clusters",
     "create": "store",
     "known": "operations",
+    "merge_clusters": "clusters",
     "open": "store",
 }
 
-__all__ = ["Expert", "Index", "Library", "SentenceEncoder", "create", "known", "open"]
+__all__ = [
+    "Expert",
+    "Index",
+    "Library",
+    "SentenceEncoder",
+    "cluster",
+    "create",
+    "known",
+    "merge_clusters",
+    "open",
+]
 
 
 def __getattr__(name: str) -> Any:

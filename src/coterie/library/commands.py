@@ -16,6 +16,15 @@ Where = Annotated[str, typer.Argument(metavar="LIBRARY", help="The library's dir
 Name = Annotated[str, typer.Argument(help="The expert's name in the library.")]
 Description = Annotated[str | None, typer.Option(help="What the expert is for.")]
 Examples = Annotated[Path | None, typer.Option(help="A file of texts of its task, one on each line, for retrieval.")]
+Data = Annotated[Path, typer.Argument(help="CSV, JSONL or Parquet: some hundred rows of the expert's own data.")]
+Task = Annotated[str, typer.Option(help="causal-lm, text-classification, token-classification or seq2seq.")]
+Text = Annotated[str, typer.Option(help="The column that is read.")]
+Target = Annotated[str | None, typer.Option(help="The column of the class, or of the text that is wanted.")]
+Label = Annotated[
+    list[str] | None, typer.Option(help="A class, as in the data. Repeat it, in the order of the expert's head.")
+]
+MaxTokens = Annotated[int, typer.Option(help="Longer inputs are cut.", min=1)]
+Moved = Annotated[str | None, typer.Option(help="Where the library's base is, if it has moved.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program instead of tables.")]
 Token = Annotated[str | None, typer.Option("--token", help="Hub token; default: the one `hf auth login` stored.")]
 
@@ -150,7 +159,7 @@ def combine(
         int | None, typer.Option(help="Recompress every layer to this rank; what that leaves out is measured.")
     ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE of a parameter. Repeat it.")] = None,
-    base: Annotated[str | None, typer.Option(help="Where the library's base is, if it has moved.")] = None,
+    base: Moved = None,
     description: Description = None,
     examples: Examples = None,
     as_json: Json = False,
@@ -164,6 +173,74 @@ def combine(
         name, operation, experts, rank=rank, description=description, examples=_lines(examples), **given
     )
     _say(f"{name}: {report.summary()}", report.to_dict(), as_json)
+
+
+@app.command("train-gates")
+def train_gates(
+    library: Where,
+    name: Name,
+    data: Data,
+    task: Task = "causal-lm",
+    text: Text = "text",
+    target: Target = None,
+    label: Label = None,
+    max_tokens: MaxTokens = 128,
+    batch_size: Annotated[int, typer.Option(help="Rows of a step.", min=1)] = 32,
+    steps: Annotated[int, typer.Option(help="Of the optimiser.", min=1)] = 100,
+    learning_rate: Annotated[float, typer.Option(help="After a warm-up of 6% of the steps.", min=0)] = 5e-3,
+    base: Moved = None,
+    as_json: Json = False,
+) -> None:
+    """Train an expert's gates on rows of its own data, everything else frozen: what `phatgoose` is built of."""
+    from .data import read
+    from .store import open
+
+    opened = open(library, base=base)
+    opened[name]
+    model, batches = read(base or opened.base.source, task, data, text, target, label, max_tokens, batch_size)
+    opened.train_gates(name, model, batches, steps=steps, learning_rate=learning_rate)
+    _say(f"{name}: gates of {len(opened[name].layers)} layers, {steps} steps", {"gate": name, "steps": steps}, as_json)
+
+
+@app.command("average-activation")
+def average_activation(
+    library: Where,
+    name: Name,
+    data: Data,
+    task: Task = "causal-lm",
+    text: Text = "text",
+    target: Target = None,
+    label: Label = None,
+    max_tokens: MaxTokens = 128,
+    base: Moved = None,
+    as_json: Json = False,
+) -> None:
+    """Average what an expert's layers read of its own data: what `average_activation` is built of."""
+    from .data import read
+    from .store import open
+
+    opened = open(library, base=base)
+    opened[name]
+    opened.average_activation(
+        name, *read(base or opened.base.source, task, data, text, target, label, max_tokens, batch_size=32)
+    )
+    _say(f"{name}: activations of {len(opened[name].layers)} layers", {"activation": name}, as_json)
+
+
+@app.command()
+def embed(
+    library: Where,
+    kind: Annotated[
+        str, typer.Option(help="Of the description; of each of the examples; of the task: the examples' mean.")
+    ] = "task",
+    as_json: Json = False,
+) -> None:
+    """Embed what experts are for, by MiniLM: what `retriever`, `nearest_example`, `task_embedding` are built of."""
+    from .encoder import minilm
+    from .store import open
+
+    made = open(library).embed(minilm(), kind)
+    _say(f"{made} experts were embedded, the others had been", {"embedded": made}, as_json)
 
 
 @app.command()
@@ -185,6 +262,32 @@ def operations(as_json: Json = False) -> None:
         row = (o.name, f"{o.summary} ({o.cite})", p["name"], str(p["default"]), p["meaning"])
         table.add_row(*map(_plain, row))
     _print(table)
+
+
+@app.command("cluster")
+def cluster_(
+    library: Where,
+    clusters: Annotated[int, typer.Option(min=1, help="How many.")] = 10,
+    keep: Annotated[float, typer.Option(help="Share of an expert's parameters, the largest, that is compared.")] = 0.2,
+    dimensions: Annotated[int, typer.Option(min=1, help="That they are compared in.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Of the clustering.")] = 42,
+    merge: Annotated[
+        Path | None, typer.Option(help="Make a library with one expert for each cluster, the mean of its experts.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="With --merge: recompress every layer to this rank.")] = None,
+    token: Token = None,
+    as_json: Json = False,
+) -> None:
+    """Group experts that are alike (MBC): what to retrain together, or to merge."""
+    from .clusters import cluster, merge_clusters
+    from .store import open
+
+    opened = open(library, token)
+    found = cluster(opened, clusters, keep=keep, dimensions=dimensions, seed=seed)
+    if merge is not None:
+        merge_clusters(opened, found, merge, rank=rank)
+    lines = [f"cluster {number}: {', '.join(names)}" for number, names in enumerate(found)]
+    _say("\n".join(lines), {"clusters": found, "merged": None if merge is None else str(merge)}, as_json)
 
 
 def _lines(file: Path | None) -> list[str]:

@@ -278,6 +278,7 @@ class Library:
         rank: int | None = None,
         description: str | None = None,
         examples: Sequence[str] = (),
+        of: Library | None = None,
         **parameters: Any,
     ) -> CombineReport:
         """Make a new expert of others by exact arithmetic of their deltas.
@@ -291,6 +292,7 @@ class Library:
                 exact, at the sum of the ranks.
             description: as in `add`.
             examples: as in `add`.
+            of: the library that holds them, of the same base; default: this one.
             **parameters: of the operation.
 
         Raises:
@@ -298,7 +300,7 @@ class Library:
         """
         _check_texts(description, examples)
         with self._new(name) as draft:
-            found = [self[expert] for expert in experts]
+            found = [(of or self)[expert] for expert in experts]
             report = combine(operation, found, parameters, rank, self.base.source, draft.folder)
             draft.kind, draft.source = "combined", f"{operation} of {', '.join(map(repr, experts))}"
             draft.adapter = self._open(name, Location(draft.folder, name))
@@ -573,7 +575,7 @@ class Library:
             learning_rate: after a warm-up of 6% of the steps.
 
         Raises:
-            CoterieError: no batches, no labels, or a model that is not the expert's base.
+            CoterieError: no batches, no labels, or a model that lacks layers (or the head) of the expert's base.
         """
         from .vectors import train_gates
 

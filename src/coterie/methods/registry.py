@@ -55,6 +55,10 @@ class Method(Registered):
             raise CoterieError(
                 f"top_k is {values['top_k']} and there are {experts} experts", f"method {self.name}", "lower top_k"
             )
+        if len(values.get("weights") or range(experts)) != experts:
+            raise CoterieError(
+                f"{len(values['weights'])} weights for {experts} experts", f"method {self.name}", "give one for each"
+            )
         return values
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import warnings
 from collections.abc import Callable
@@ -32,6 +33,36 @@ ARGUMENTS = {
 }
 
 
+def check_routing(model: Any, routing: Any) -> None:
+    """Refuse routing that a model cannot have.
+
+    Args:
+        model: the model, or its skeleton.
+        routing: of the mixture to be.
+
+    Raises:
+        CoterieError: routers would look ahead, or read what an encoder-decoder has two of.
+    """
+    if routing.couples and (is_causal(model) or (routing.combine == "slots" and _is_seq2seq(model))):
+        raise CoterieError(
+            f"its routers would look ahead in a {type(model).__name__}, which writes token after token",
+            "pool" if routing.combine != "slots" else "method",
+            'use pool "prompt" or "segment"' if routing.combine != "slots" else "use it in encoders alone",
+        )
+    by_rows = SCORES[routing.score].reads == "rows" or routing.score == "vectors"
+    by_rows = by_rows and routing.pool not in ("token", "task")
+    if by_rows and _is_seq2seq(model):
+        raise CoterieError(
+            "its scores read each layer's own input, and a decoder's routers could read the encoder's alone",
+            "pool",
+            'use pool "token"',
+        )
+    if routing.decides_before and _is_seq2seq(model):
+        raise CoterieError(
+            "its router reads the hidden states of one stack, and an encoder-decoder has two", "method", "use smear"
+        )
+
+
 class Forward:
     """Stands in place of the model's `forward`.
 
@@ -44,23 +75,7 @@ class Forward:
     def __init__(self, model: Any, context: Context, routing: Any):
         self.model, self.context, self.routing = model, context, routing
         self.causal = is_causal(model)
-        if routing.couples and (self.causal or (routing.combine == "slots" and _is_seq2seq(model))):
-            raise CoterieError(
-                f"its routers would look ahead in a {type(model).__name__}, which writes token after token",
-                "pool" if routing.combine != "slots" else "method",
-                'use pool "prompt" or "segment"' if routing.combine != "slots" else "use it in encoders alone",
-            )
-        by_rows = SCORES[routing.score].reads == "rows" and routing.pool not in ("token", "task")
-        if by_rows and _is_seq2seq(model):
-            raise CoterieError(
-                "its scores read each layer's own input, and a decoder's routers could read the encoder's alone",
-                "pool",
-                'use pool "token"',
-            )
-        if routing.decides_before and _is_seq2seq(model):
-            raise CoterieError(
-                "its router reads the hidden states of one stack, and an encoder-decoder has two", "method", "use smear"
-            )
+        check_routing(model, routing)
         self._signal = _signal_layer(model, routing) if routing.score == "signal" else None
         modules = list(model.modules())
         self._annealed = [module for module in modules if isinstance(module, Gumbel)]
@@ -111,13 +126,14 @@ class Forward:
         cache = getattr(output, "past_key_values", None)
         if call.kept is not None and cache is not None:
             cache.coterie = call.kept
-            if -2 in call.kept and not call.continues:
-                Twin.follow(cache, call.kept[-2])
+            if not call.continues:
+                Following.let(cache, call.kept)
         return self._with_losses(output, call, inputs)
 
     def _start(self, call: Call) -> None:
         if not call.training:
             return
+        self.context.untaken = None
         for select in self._annealed:
             select.step += 1
         if not torch.compiler.is_compiling():
@@ -137,9 +153,12 @@ class Forward:
             return
         from transformers import DynamicCache
 
-        model, cache = self.model, None
-        if call.kept is not None and not frozen:
-            cache = call.kept.setdefault(-2, DynamicCache(config=model.config.get_text_config()))
+        model, cache, own = self.model, None, inputs.get("past_key_values")
+        if call.kept is not None and call.continues:
+            cache = call.kept[-2]
+        elif call.kept is not None:  # of the same kind, which the mask is made for
+            cache = DynamicCache(config=model.config.get_text_config()) if own is None else copy.deepcopy(own)
+            call.kept |= {} if frozen else {-2: cache}
         base = getattr(model, model.base_model_prefix, model)
         run = partial(type(model).forward, model) if base is model else base
         accepted = inspect.signature(base.forward).parameters
@@ -163,8 +182,9 @@ class Forward:
                 call.kept[-3] = last.detach()
 
     def _by_signal(self, before: Call) -> Tensor:
-        """LoGo: gates (batch, 1, 1, E), of what each expert would give for the last token of the prompt in one layer."""
-        layer, options = self._signal, self.routing.score_options
+        """LoGo: gates (batch, 1, 1, E), of what experts would give for the prompt's last token in one layer."""
+        layer: Any = self._signal
+        options = self.routing.score_options
         assert before.seen is not None
         x = rows_of(before.seen, before)
         counted = before.valid if before.prompt is None else before.prompt
@@ -183,6 +203,8 @@ class Forward:
         call.open = False
         a, b = ((o["logits"] if isinstance(o, dict) else o[1]).float().log_softmax(-1) for o in (output, other))
         each = ((a.exp() - b.exp()) * (a - b)).sum(-1) / 2
+        if self.causal:
+            each, labels = each[:, :-1], labels[:, 1:]
         counted = labels != -100
         return each[counted].mean() if counted.shape == each.shape else each.mean()
 
@@ -199,23 +221,22 @@ class Forward:
         labels = inputs.get("labels")
         if isinstance(labels, Tensor):
             check_classes(self.model, labels)
-        mask = inputs.get("attention_mask")
-        mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
         tokens = main.shape[1] if main.ndim > 1 else 1
+        mask = _counting(inputs.get("attention_mask"), inputs.get("past_key_values"), tokens)
         if self._encoder is not None:
-            call.valid = None if mask is None else _unless_all(mask.bool())
+            call.valid = None if mask is None else _unless_all(mask)
             own = inputs.get("decoder_attention_mask")
             if isinstance(own, Tensor) and decoded is not None:
                 call.decoder_valid = own[:, -decoded.shape[1] :].bool()
             elif isinstance(labels, Tensor) and labels.ndim == 2:
                 call.decoder_valid = labels != -100
             if encoded is not None:
-                call.encoder = mean_of(encoded[0], call.valid)
+                call.states, call.encoder = encoded[0], mean_of(encoded[0], call.valid)
         elif mask is not None:
-            call.valid = _unless_all(mask[:, -tokens:].bool())
+            call.valid = _unless_all(mask[:, -tokens:])
         if self.causal and self.routing.pool in ("prompt", "segment") and not self._decided:
             self._prompt(call, inputs, main, prompt_lengths)
-        elif self.causal and self.routing.score == "prepass" and not self.model.training:
+        elif self.causal and self.routing.score == "prepass" and not call.training:
             self._continue(call, inputs)
             call.kept = {} if call.kept is None else call.kept
         if self.routing.score == "hash" and encoded is not None:
@@ -266,7 +287,10 @@ class Forward:
             if self.routing.pool == "segment" and not bool(call.prompt.any()):
                 call.prompt = None
         elif cache is not None:
-            call.prompt = valid  # the first step of `generate`
+            call.prompt = valid  # the first step of `generate`, which may have drafts at its end to check
+            kept = inputs.get("logits_to_keep")
+            if isinstance(kept, int) and kept > 1:
+                call.prompt = valid & (torch.arange(valid.shape[1], device=valid.device) <= valid.shape[1] - kept)
         if call.prompt is None and self.routing.pool == "segment":
             return
         if call.prompt is None or not bool(call.prompt.any(1).all()):
@@ -335,18 +359,20 @@ class Forward:
         if call.key is not None:
             output.coterie = call.key
         if not alone:
-            call.encoder = mean_of(output[0], call.valid)
+            call.states, call.encoder = output[0], mean_of(output[0], call.valid)
 
     def _with_losses(self, output: Any, call: Call, inputs: dict[str, Any]) -> Any:
         named, labels = isinstance(output, dict), inputs.get("labels")
-        if labels is None or (named and output.get("loss") is None):
+        if output.get("loss") is None if named else labels is None:
             if call.losses or call.policies:
                 self._leave(call, output, output["logits"] if named and "logits" in output else output[0])
             return output
         loss = output["loss"] if named else output[0]
         total = loss + self.losses(call, self.example_losses(call, output, labels)).to(loss)
         items = inputs.get("num_items_in_batch")
-        if items is not None:  # a part of the mean over all labels of an optimiser's step
+        if items is not None and isinstance(
+            labels, Tensor
+        ):  # a part of the mean over all labels of an optimiser's step
             count = self.counted(labels)
             total = torch.where(count > 0, total, torch.zeros_like(total)) * count / items
         if named:
@@ -385,7 +411,9 @@ class Forward:
         if labels is None:
             return None
         logits = output["logits"] if isinstance(output, dict) else output[0 if output[0].ndim else 1]
-        return example_losses(logits, labels, self.causal)
+        config = getattr(self.model, "config", None)
+        several = getattr(config, "problem_type", None) == "multi_label_classification"
+        return example_losses(logits, labels, self.causal, several)
 
     def counted(self, labels: Tensor) -> Tensor:
         """How many labels the mean of the model's loss is over."""
@@ -419,24 +447,39 @@ def _signal_layer(model: nn.Module, routing: Any) -> Any:
     return found[-1]
 
 
-class Twin:
-    """A method of a KV cache that its twin, of the pass without experts, goes through as well."""
+class Following:
+    """A method of a KV cache that what was decided for its rows goes through as well, and the twin, its cache of the
+    pass without experts.
+    """
 
-    METHODS = ("reorder_cache", "crop", "batch_repeat_interleave", "batch_select_indices", "reset")
+    ROWS = ("reorder_cache", "batch_repeat_interleave", "batch_select_indices")
 
-    def __init__(self, cache: Any, twin: Any, name: str):
-        self.cache, self.twin, self.name = cache, twin, name
+    def __init__(self, cache: Any, kept: dict[Any, Any], name: str):
+        self.cache, self.kept, self.name = cache, kept, name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        getattr(type(self.twin), self.name)(self.twin, *args, **kwargs)
+        twin, rows = self.kept.get(-2), args[0] if args else next(iter(kwargs.values()), None)
+        if twin is not None:
+            getattr(type(twin), self.name)(twin, *args, **kwargs)
+        if self.name in self.ROWS:
+            for name, decided in self.kept.items():
+                if isinstance(decided, Tensor):
+                    self.kept[name] = self._of(rows, decided)
+                elif isinstance(decided, list):  # the experts that a decision merged
+                    self.kept[name] = [self._of(rows, part) for part in decided]
         return getattr(type(self.cache), self.name)(self.cache, *args, **kwargs)
 
+    def _of(self, rows: Any, decided: Tensor) -> Tensor:
+        if self.name == "batch_repeat_interleave":
+            return decided.repeat_interleave(rows, 0)
+        return decided[torch.as_tensor(rows, device=decided.device)]
+
     @classmethod
-    def follow(cls, cache: Any, twin: Any) -> None:
-        """Let the twin follow whatever is done to a cache."""
-        for name in cls.METHODS:
+    def let(cls, cache: Any, kept: dict[Any, Any]) -> None:
+        """Let what is kept beside a cache follow whatever is done to it."""
+        for name in (*cls.ROWS, "crop", "reset"):
             if hasattr(cache, name):
-                setattr(cache, name, cls(cache, twin, name))
+                setattr(cache, name, cls(cache, kept, name))
 
 
 class _Carried:
@@ -463,6 +506,23 @@ def _carry(model: nn.Module, context: Context) -> None:
         run = module.__dict__.get("_gradient_checkpointing_func")
         if run is not None and not isinstance(run, _Carried):
             module._gradient_checkpointing_func = _Carried(context, run)  # type: ignore[assignment]
+
+
+def _counting(mask: Any, cache: Any, tokens: int) -> Tensor | None:
+    """(batch, tokens at least) bool, the tokens that count under a model's attention mask; None where it says nothing.
+
+    A mask (batch, 1, tokens, keys), as `generate` makes for caches of a fixed size, lets a token see itself if it
+    counts. A dictionary holds such masks of several kinds of layers.
+    """
+    if isinstance(mask, dict):
+        mask = next((each for each in mask.values() if isinstance(each, Tensor)), None)
+    if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
+        return None
+    if mask.ndim == 4:
+        past = 0 if cache is None else int(cache.get_seq_length())
+        mask = mask[:, 0, -tokens:].diagonal(past, dim1=1, dim2=2)
+        return mask if mask.dtype == torch.bool else mask == 0
+    return mask.bool()
 
 
 def mean_of(states: Tensor, valid: Tensor | None) -> Tensor:
@@ -543,11 +603,19 @@ def content_hash(values: Tensor, valid: Tensor | None) -> Tensor:
     return (mixed * valid).sum(1)
 
 
-def example_losses(logits: Tensor, labels: Tensor, causal: bool) -> Tensor:
-    """(batch,) float32, each example's own loss, from the logits and labels of the usual heads."""
+def example_losses(logits: Tensor, labels: Tensor, causal: bool, several: bool = False) -> Tensor:
+    """(batch,) float32, each example's own loss, from the logits and labels of the usual heads.
+
+    Args:
+        logits, labels: of a call.
+        causal: whether labels are of the next token.
+        several: whether an example may have several classes.
+    """
     if causal:
         logits, labels = logits[:, :-1], labels[:, 1:]
     logits = logits.float()
+    if several:
+        return F.binary_cross_entropy_with_logits(logits, labels.to(logits), reduction="none").mean(1)
     if labels.is_floating_point():
         return F.mse_loss(logits.view_as(labels), labels, reduction="none").flatten(1).mean(1)
     if logits.ndim == 2:

@@ -201,7 +201,8 @@ class Handle:
             )
         from ..library.encoder import account, embeddings, minilm
 
-        encoder, known = minilm() if encoder is None else encoder, self._model.coterie_router
+        known: Any = self._model.coterie_router
+        encoder = minilm() if encoder is None else encoder
         name = account(encoder, [])["encoder"]
         if name != known.encoder:
             raise CoterieError(

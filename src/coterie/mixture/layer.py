@@ -105,7 +105,7 @@ class _Mixture(nn.Module):
             elif context.gates is not None:
                 decision = context.given(read.shape[:-1], bank.shape.experts, flat.device)
             elif self.router.score.reads == "input":
-                decision = self.router.decide(flat, self._valid(read), context.call, self.index)
+                decision = self.router.decide(flat, self._valid(x), context.call, self.index)
             else:
                 decision = self.router(F.linear(flat, bank.score_rows()).unflatten(-1, (bank.experts, -1)))
             if context.recorders:
@@ -122,7 +122,9 @@ class _Mixture(nn.Module):
     def _valid(self, x: torch.Tensor) -> torch.Tensor | None:
         """Which of the layer's tokens count, flat; None for all."""
         call = self.context.call
-        valid = None if call is None else call.decoder_valid if self.decodes else call.valid
+        if call is None:
+            return None
+        valid = call.decoder_valid if self.decodes and x is not call.states else call.valid
         return valid.flatten() if valid is not None and valid.numel() == x.shape[:-1].numel() else None
 
     def _add_experts(

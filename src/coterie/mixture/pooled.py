@@ -14,6 +14,7 @@ from ..experts.bank import Bank
 from ..routing.call import Call, repeated
 from ..routing.decision import Decision
 from ..routing.pooling import masked_mean, segment_means, segments_of
+from ..routing.precise import precise
 from .paths import grouped, stacked
 
 
@@ -71,7 +72,7 @@ def _add(layer: Any, rows: Tensor, into: Tensor, call: Call) -> Tensor:
 def _apply(bank: Bank, x: Tensor, decision: Decision, into: Tensor) -> None:
     """Outputs mixed under a decision for each row of x (batch, tokens, width)."""
     flat, y, spread = x.flatten(0, 1), into.flatten(0, 1), decision.spread(x.shape[1])
-    if spread.index is None:
+    if spread.index is None or torch.compiler.is_compiling() or x.device.type != "cpu":
         stacked(bank, flat, bank.project(flat), spread, y)
     else:
         grouped(bank, flat, spread, y)
@@ -91,6 +92,7 @@ def _of_tokens(gates: Tensor, rows: Tensor, valid: Tensor | None) -> Tensor:
     return masked_mean(gates, counted)[:, None].expand(-1, rows.shape[1], -1)
 
 
+@precise
 def signals(bank: Bank, x: Tensor, kind: str, weights: Sequence[float]) -> Tensor:
     """How much each expert says of x: the norm of its output `o = B A x`, or the inverse entropy of softmax(o).
 

@@ -117,7 +117,7 @@ def reroute(model: nn.Module, spec: MixtureSpec) -> None:
 def _read_widths(model: Any, spec: MixtureSpec) -> dict[str, int]:
     """Of a decoder's layers, the width of the encoder's states, which routers read that decide by example."""
     decoder = decoder_path(model)
-    if decoder is None:
+    if decoder is None or spec.routing.score == "vectors":  # of each layer's own input
         return {}
     width = model.get_encoder().config.hidden_size
     return {path: width for path in spec.layers if path.startswith(f"{decoder}.")}

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from .decision import Decision
+from .precise import precise
 
 
 def balance(scores: Tensor, decision: Decision, valid: Tensor | None) -> Tensor:
@@ -31,6 +32,7 @@ def z(scores: Tensor, decision: Decision, valid: Tensor | None) -> Tensor:
 LOSSES: dict[str, Callable[[Tensor, Decision, Tensor | None], Tensor]] = {"balance": balance, "z": z}
 
 
+@precise
 def _mean(rows: Tensor, valid: Tensor | None) -> Tensor:
     if valid is None:
         return rows.mean(0)

@@ -39,7 +39,8 @@ class Call:
             has none.
         tasks: (batch,) int64, each example's task; None where none was given.
         key: (batch,) int64, a hash of each example's content; None where no router asks for it.
-        encoder: (batch, d), the masked mean of the encoder's final hidden states.
+        states: (batch, tokens, d), the encoder's final hidden states, which cross-attention reads, and
+        encoder: their masked mean, (batch, d).
         gates: (batch, tokens, layers or 1, E), decided by a pass of the whole model before.
         off: whether the experts are switched off: this is that pass.
         watched: number of the layer of which that pass keeps what it reads, and
@@ -61,6 +62,7 @@ class Call:
     prompt: Tensor | None = None
     tasks: Tensor | None = None
     key: Tensor | None = None
+    states: Tensor | None = None
     encoder: Tensor | None = None
     gates: Tensor | None = None
     off: bool = False

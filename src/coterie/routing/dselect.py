@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from .call import Call
 from .decision import Decision
+from .precise import precise
 
 
 class DSelect(nn.Module):
@@ -25,6 +26,7 @@ class DSelect(nn.Module):
     """
 
     reads = "input"
+    losses = ("entropy",)
     codes: Tensor
 
     def __init__(self, width: int, experts: int, selectors: int = 1, gamma: float = 1.0):
@@ -47,6 +49,7 @@ class DSelect(nn.Module):
         selected, mix = self._selectors(x)
         return (selected * mix).sum(1)
 
+    @precise
     def _selectors(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Every selector's outputs (n, selectors, experts) and its weight (n, selectors, 1)."""
         dtype = torch.promote_types(x.dtype, torch.float32)

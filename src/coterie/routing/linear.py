@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .precise import precise
+
 
 class Linear(nn.Module):
     """`LN(x) . LN(w_i)`, or `x . w_i` (arXiv:2306.03745, section 3.2, and its reference code).
@@ -40,6 +42,7 @@ class Linear(nn.Module):
             nn.init.constant_(self.weight_gain, 0.01)
             nn.init.zeros_(self.weight_bias)
 
+    @precise
     def forward(self, x: Tensor) -> Tensor:
         """Scores (..., experts) of x (..., width), in float32 at least."""
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -69,6 +72,7 @@ class Soft(nn.Module):
         nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5, generator=generator)
         nn.init.ones_(self.scale)
 
+    @precise
     def forward(self, x: Tensor) -> Tensor:
         """Logits (..., slots) of x (..., width), in float32 at least."""
         dtype = torch.promote_types(x.dtype, torch.float32)

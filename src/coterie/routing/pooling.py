@@ -7,12 +7,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .precise import precise
+
 # token: each for itself. sequence: once per example. prompt: once per example, from its prompt alone (MiLoRA,
 # arXiv:2410.18035). segment: a segment follows the one before it (Lory, arXiv:2405.03133), what comes after the prompt
 # follows the prompt. task: nothing of the input enters.
 Pool = Literal["token", "sequence", "prompt", "segment", "task"]
 
 
+@precise
 def masked_mean(x: Tensor, valid: Tensor | None) -> Tensor:
     """The mean of the tokens that count, (batch, d), in float32 at least.
 
@@ -32,6 +35,7 @@ def segments_of(valid: Tensor, length: int) -> Tensor:
     return (valid.cumsum(1) - 1).clamp(min=0) // length
 
 
+@precise
 def segment_means(x: Tensor, valid: Tensor, segments: Tensor, count: int) -> Tensor:
     """The mean of each segment's tokens that count, (batch, count, d), in float32 at least; zeros for empty ones."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .call import Call
+from .precise import precise
 
 
 class Classifier(nn.Module):
@@ -49,6 +50,7 @@ class Classifier(nn.Module):
             nn.init.uniform_(linear.weight, -bound, bound, generator=generator)  # type: ignore[arg-type]
             nn.init.uniform_(linear.bias, -bound, bound, generator=generator)  # type: ignore[arg-type]
 
+    @precise
     def forward(self, h: Tensor) -> Tensor:
         """Gates (batch, tokens, layers, experts) of hidden states (batch, tokens, width), in float32 at least."""
         dtype = torch.promote_types(h.dtype, torch.float32)

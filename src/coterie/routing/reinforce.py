@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from .call import Call, Policy
 from .decision import Decision
+from .precise import precise
 
 
 class Reinforce(nn.Module):
@@ -19,6 +20,8 @@ class Reinforce(nn.Module):
     Args:
         width: of what the router reads.
     """
+
+    losses = ("policy", "policy_entropy", "value")
 
     def __init__(self, k: int = 1, width: int = 0):
         super().__init__()
@@ -38,6 +41,7 @@ class Reinforce(nn.Module):
             return Decision(scores.shape[-1], scores.softmax(-1).multinomial(1), None)
         return Decision(scores.shape[-1], scores.argmax(-1, keepdim=True), None)
 
+    @precise
     def loss(
         self, read: Tensor, scores: Tensor, decision: Decision, valid: Tensor | None, call: Call
     ) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ..errors import CoterieError
 from .call import Call
+from .precise import precise
 
 
 class Embeddings(nn.Module):
@@ -27,6 +28,7 @@ class Embeddings(nn.Module):
         self.weight = nn.Parameter(torch.empty(sum(counts), width), requires_grad=False)
         self.counts, self.encoder = list(counts), encoder
 
+    @precise
     def forward(self, texts: Tensor) -> Tensor:
         """(n, experts) float32, of each text's embedding (n, width) and an expert's nearest the cosine."""
         cosines = F.linear(F.normalize(texts.float(), dim=-1), F.normalize(self.weight.float(), dim=-1))
@@ -42,7 +44,7 @@ class Retrieval(nn.Module):
 
     reads = "call"
 
-    def __init__(self, width: int, experts: int, **options: Any):
+    def __init__(self, _: int, experts: int, /, **options: Any):
         super().__init__()
 
     def forward(self, call: Call, layer: int) -> Tensor:

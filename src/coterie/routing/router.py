@@ -22,6 +22,7 @@ from .pooling import Pool
 from .prepass import Prepass
 from .reinforce import Reinforce
 from .retrieval import Retrieval
+from .scalars import Fixed, Scalars
 from .select import First, Given, Shares, Sigmoid, Softmax, TopK
 from .tag import Tag
 from .uniform import Uniform
@@ -43,6 +44,8 @@ SCORES: dict[str, Any] = {
     "level": Level,
     "prepass": Prepass,
     "signal": Prepass,
+    "fixed": Fixed,
+    "scalars": Scalars,
     "vectors": Vectors,
     "retrieval": Retrieval,
 }
@@ -102,6 +105,18 @@ class Routing:
             raise CoterieError(f"dropout is {dropout}", "routing", "some expert must be left: 0 or more, below 1")
         if self.pool == "segment" and self.segment < 1:
             raise CoterieError(f"segment is {self.segment}", "routing", "say how many tokens make one")
+        parts = (SCORES[self.score], SELECTIONS[self.select])
+        terms = {*LOSSES, *(name for part in parts for name in getattr(part, "losses", ()))}
+        # slots, and gates of a pass before, are no decision of a layer
+        terms = set() if self.combine == "slots" or self.decides_before else terms
+        if wrong := set(self.losses) - terms:
+            raise CoterieError(
+                f"no loss {min(wrong)!r} of score {self.score} and selection {self.select}",
+                "routing",
+                f"known: {', '.join(sorted(terms)) or 'none'}",
+            )
+        if self.k < 1:
+            raise CoterieError(f"k is {self.k}", "routing", "some expert must answer: 1 or more")
         if self.select == "reinforce" and self.pool in ("token", "segment"):
             raise CoterieError(
                 f"reinforce is rewarded for an example, and its pool is {self.pool}", "routing", "pool by example"

@@ -14,6 +14,8 @@ class Uniform(nn.Module):
     arXiv:2205.12410, sections 3.1 to 3.3; combined as factors.
     """
 
+    losses = ("consistency",)
+
     def __init__(self, k: int = 0):
         super().__init__()
 

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .precise import precise
+
 
 class Vectors(nn.Module):
     """`v_i . x / sqrt(d)`, v_i and x standardised over their d components; or `v_i . x`, as gates are trained.
@@ -29,6 +31,7 @@ class Vectors(nn.Module):
         """Zeros: every gate starts at one half."""
         nn.init.zeros_(self.weight)
 
+    @precise
     def forward(self, x: Tensor) -> Tensor:
         """Scores (..., experts) of x (..., width), in float32 at least."""
         dtype = torch.promote_types(x.dtype, torch.float32)

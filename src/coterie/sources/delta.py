@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -35,3 +35,30 @@ class LowRank:
 
 
 Delta = Dense | LowRank
+
+
+@dataclass
+class Fitted:
+    """What a fit makes of one expert's delta, by itself: its part of a layer's bank, the expert's weight folded in.
+
+    Attributes:
+        down: (k, in) and up: (k, out); or dense: (out, in).
+        gate: (g, in), leading right singular directions that are known beside `down`.
+        rank: the delta's numerical rank, as far as it matters; None where no more is known than `down` tells.
+        residual, excess, norm: of the fit, and of the delta itself; as of `LayerReport`, but |delta|, not its ratio.
+        bias: (out,), None where it is unchanged.
+    """
+
+    gate: torch.Tensor
+    rank: int | None
+    residual: float
+    excess: float
+    norm: float
+    down: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    up: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    dense: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+
+    def to(self, device: str) -> Fitted:
+        moved = {name: getattr(self, name).to(device) for name in ("gate", "down", "up")}
+        return replace(self, **moved, dense=None if self.dense is None else self.dense.to(device))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..errors import CoterieError
-from .delta import Delta, Dense
+from .delta import Delta, Dense, Fitted
 from .names import ModuleView, View
 
 
@@ -61,6 +61,19 @@ class ExpertSource(ABC):
             return None
         value = self.value(f"{path}.bias", base)
         return None if value is None or same(value, base) else value.float() - base.float()
+
+    def fitted(self, path: str, base: torch.Tensor) -> Fitted | None:
+        """What was made of the delta of a linear layer before, for a mixture; None where it is to be made.
+
+        Args:
+            path: module path in memory.
+            base: the base weight.
+        """
+        return None
+
+    def altered(self, name: str) -> bool:
+        """Whether it is known, without its value, to differ from the base in a tensor outside the mixture layers."""
+        return False
 
     def rank_bound(self, path: str) -> int | None:
         """The delta's rank as far as headers tell it: 0 where the source does not touch the layer, None if unknown."""

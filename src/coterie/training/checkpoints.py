@@ -33,8 +33,8 @@ class SavePretrained:
 
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         base = {"id": model.name_or_path or "", "revision": None, "fingerprint": None}
-        # buffers of routers (annealing) are state of the training as well
-        kept = trained | {name for name, _ in model.named_buffers() if ".router." in name or ".bank." in name}
+        # buffers (of annealing routers, of batch norms) are state of the training as well
+        kept = trained | {name for name, _ in model.named_buffers()}
         try:
             config.quantization_config = CoterieConfig(**{**model.coterie.spec.to_dict(), "base": base})
             model._keys_to_ignore_on_save = {*(ignored or ()), *(set(model.state_dict()) - kept)}
@@ -51,6 +51,5 @@ def forgive(model: Any, keys: Any) -> None:
         keys: torch's account of it, changed in place.
     """
     frozen = {name for name, tensor in model.state_dict(keep_vars=True).items() if not tensor.requires_grad}
-    own = {name for name, _ in model.named_buffers() if ".router." in name or ".bank." in name}
-    if not set(keys.missing_keys) - (frozen - own):
+    if not set(keys.missing_keys) - (frozen - {name for name, _ in model.named_buffers()}):
         keys.missing_keys.clear()

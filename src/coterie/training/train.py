@@ -189,9 +189,18 @@ def _check(given: TrainRecipe, rows: Rows, base: Location) -> None:
     Raises:
         CoterieError: it is wrong.
     """
-    mixture = _is_mixture(base)
-    if mixture and "experts" in given.model_fields_set:
-        raise CoterieError("the base is a mixture, which has its experts", "experts", "leave the key out")
+    mixture, chosen = _is_mixture(base), given.model_fields_set
+    for key in ("experts", "modules"):
+        if mixture and key in chosen:
+            raise CoterieError(f"the base is a mixture, which has its {key}", key, "leave the key out")
+    if mixture and given.method is None and "parameters" in chosen:
+        raise CoterieError("the base is a mixture, which has its parameters", "parameters", "name a method as well")
+    if "also_train" in chosen and (given.method is None or not get(given.method).trained):
+        raise CoterieError(
+            "a mixture that is trained as it is has nothing beside its experts, routers and heads",
+            "also_train",
+            "leave the key out, or give the mixture the fresh routers of a trained method",
+        )
     if mixture and given.method is None:
         return
     if given.method is None:
@@ -328,7 +337,9 @@ def _further(given: TrainRecipe, rows: Rows, mixture: Any, auto: Any) -> Any:
         )
     if given.method is None or not get(given.method).trained:
         return wrap(mixture, train=given.train)
-    routers = MixtureConfig(method=given.method, parameters=given.parameters, seed=given.seed)  # fresh ones
+    routers = MixtureConfig(  # fresh ones
+        method=given.method, parameters=given.parameters, also_train=given.also_train, seed=given.seed
+    )
     return wrap(mixture, routers, given.train)
 
 

@@ -56,7 +56,8 @@ class MixtureConfig(BaseModel):
         modules: globs on module paths: the linear layers that get experts. Default: all that a forward pass calls (but
             output heads); of bottleneck adapters, those that end a sub-layer.
         also_train: globs on names of the base's parameters that are trained too, beside experts and routers; None: the
-            task head, what a model holds outside of its base model (as PEFT's `modules_to_save` for its task types).
+            task head, what a model holds outside of its base model (as PEFT's `modules_to_save` for its task types); of
+            a mixture, the heads that it keeps per expert.
         seed: of the fresh parameters.
     """
 
@@ -126,7 +127,7 @@ def wrap(model: Any, config: MixtureConfig | None = None, train: Part = "all") -
             loaded), whose routers and experts are to be trained further.
         config: what to put into a model. For a mixture, None trains it as it is (routers that read the experts' own
             rows get rows of their own, if only one of the two is trained); a config puts its method's routers in place
-            of the mixture's, and leaves its experts as they are.
+            of the mixture's, and leaves its experts, and the layers that have them, as they are.
         train: which part learns: experts, routers, or all.
 
     Returns:
@@ -136,15 +137,26 @@ def wrap(model: Any, config: MixtureConfig | None = None, train: Part = "all") -
     Raises:
         CoterieError: an unknown method or layer, a rank or number out of range, or routing that would look ahead.
     """
+    if not isinstance(model, nn.Module) or not isinstance(config, MixtureConfig | None):
+        raise CoterieError(
+            f"got a {type(model).__name__} and a {type(config).__name__}",
+            "coterie.wrap",
+            "give a model (loaded) and a MixtureConfig",
+        )
     made = is_a_mixture(model)
     if not made and config is None:
         raise CoterieError("has no experts yet", "coterie.wrap", "give a MixtureConfig")
     if train not in ("all", "experts", "routers"):
         raise CoterieError(f"train is {train!r}", "coterie.wrap", "known: all, experts, routers")
     if made:
-        copied = _shared_copy(model)
+        copied = shared_copy(model)
         mixture = _own_routing(copied, train) if config is None else _rerouted(copied, config)
-        also = {name for name, _ in model.named_parameters() if _inside(name, model.coterie.spec.heads)}
+        if config is not None and config.modules != Modules():
+            raise CoterieError("a mixture has its layers", "modules", "leave it out, or wrap the dense model")
+        if config is not None and config.also_train is not None:
+            also = _also(model, config.also_train)
+        else:
+            also = {name for name, _ in model.named_parameters() if _inside(name, model.coterie.spec.heads)}
     else:
         assert config is not None
         also = _also(model, config.also_train)
@@ -174,13 +186,9 @@ def part_of(name: str) -> Literal["experts", "routers"] | None:
     return "experts" if ".bank." in name else None
 
 
-def _shared_copy(model: Any) -> Any:
-    """A copy whose parameters and buffers lie in the same memory."""
-    memo: dict[int, Any] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        shared = tensor.detach()
-        memo[id(tensor)] = nn.Parameter(shared, requires_grad=False) if isinstance(tensor, nn.Parameter) else shared
-    return copy.deepcopy(model, memo)
+def shared_copy(model: Any) -> Any:
+    """A copy whose parameters lie in the same memory. Buffers do not: a batch norm changes its own in training."""
+    return copy.deepcopy(model, {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()})
 
 
 def _fresh(model: Any, config: MixtureConfig) -> Any:
@@ -196,7 +204,7 @@ def _fresh(model: Any, config: MixtureConfig) -> Any:
     names = ["expert"] if name == "single" and isinstance(config.experts, int) else config.names
     if name == "single" and len(names) > 1:
         raise CoterieError(f"single has one expert, and {len(names)} are named", "experts", "name one")
-    mixture = _shared_copy(model)
+    mixture = shared_copy(model)
     paths, siblings = _layers(mixture, config, kind)
     lost = [(each.name, path) for each in adapters for path in each.adapted if path not in paths]
     if lost:
@@ -283,7 +291,7 @@ def _own_routing(mixture: Any, train: Part) -> Any:
 
 
 def _also(model: Any, globs: list[str] | None) -> set[str]:
-    """Names of a dense model's parameters that are trained too.
+    """Names of a model's parameters that are trained too.
 
     Raises:
         CoterieError: a glob matches none.

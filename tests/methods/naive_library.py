@@ -124,14 +124,14 @@ def mixture_of(
     mix: Callable[[Tensor, list[Factors], Tensor], Tensor] = outputs,
     *,
     read: Tensor | None = None,
-    weights: Tensor | None = None,
+    weights: Tensor | Callable[[str, list[int]], Tensor] | None = None,
 ) -> nn.Module:
     """The dense base in float64, each adapted linear followed by its experts.
 
     Args:
         gate: of a layer's experts; None where `weights` says.
         read: (batch, tokens) bool: the router reads the mean of these tokens; None: it reads each token.
-        weights: (batch, experts of all), instead of a gate.
+        weights: (batch, experts of all), instead of a gate; or a layer's path and experts to theirs, (n,).
     """
     model = copy.deepcopy(base_model(arch)).double()
     found: dict[str, list[tuple[int, Factors]]] = {}
@@ -144,7 +144,9 @@ def mixture_of(
 
         def hook(_module: nn.Module, args: Any, y: Tensor) -> Tensor:
             x = args[0]
-            if weights is not None:
+            if callable(weights):
+                gates = weights(path, who).expand(len(x), 1, -1)
+            elif weights is not None:
                 gates = weights.double()[:, None, who]
             elif read is None:
                 gates = gate(x, experts)
