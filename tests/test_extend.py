@@ -34,7 +34,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 METHODS: dict[str, dict[str, Any]] = {
     "smile": {"rank": 8, "gate_rank": 4},
     "smile full": {"rank": "full", "gate_rank": 4},
-    "smile gates": {"rank": 2, "gate_rank": 4},
+    "smile gates": {"rank": 2, "gate_rank": 6},
     "smile dense": {"rank": "dense", "gate_rank": 4},
     "arrow": {},
     "spectr": {},
@@ -86,10 +86,11 @@ def alike(got: Path, want: Path, exact: bool = True) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_adding_equals_a_build_of_all(method: str, sources: dict[str, str], tmp_path: Path) -> None:
-    first = ["wide", "saved"] if method == "arrow_factors" else ["tuned", "wide", "changed"]
-    whole = build(sources, method, [*first, "narrow"], tmp_path / "whole")
+    first = ["wide"] if method == "arrow_factors" else ["tuned", "wide", "changed"]
+    whole = build(sources, method, [*first, "saved", "narrow"], tmp_path / "whole")
     part = build(sources, method, first, tmp_path / "part")
-    coterie.add_experts(part, {"narrow": {"source": sources["narrow"], "weight": 1.0}}, tmp_path / "got")
+    more = {name: {"source": sources[name], "weight": 1.0} for name in ("saved", "narrow")}
+    coterie.add_experts(part, more, tmp_path / "got")
     # factors hold no direction of a layer's only expert
     alike(tmp_path / "got", whole, exact=method not in ("arrow_factors", "smile dense"))
 

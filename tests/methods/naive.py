@@ -81,7 +81,8 @@ class Layer:
 
     def counted(self, x: Tensor, facts: Facts) -> Tensor:
         """(batch, tokens) bool: the tokens of x that count."""
-        valid = facts.decoder_valid if self.decodes else facts.valid
+        crosses = self.name.endswith(("EncDecAttention.k", "EncDecAttention.v"))  # which read the encoder
+        valid = facts.decoder_valid if self.decodes and not crosses else facts.valid
         if valid is None or valid.shape != x.shape[:2]:
             return torch.ones(x.shape[:2], dtype=torch.bool)
         return valid

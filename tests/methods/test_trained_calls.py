@@ -403,3 +403,19 @@ def pair_of(arch, method, options):
             for parameter in model.coterie_router.parameters():
                 parameter.normal_(generator=torch.Generator().manual_seed(0))
     return model
+
+
+@pytest.mark.parametrize(("method", "options"), [("smear", {"pool": "prompt"}), ("xlora", {}), ("xlora_frozen", {})])
+def test_drafts_are_no_prompt(method, options):
+    """Assisted generation checks drafts together with the prompt, and gives what greedy search gives."""
+    model = pair_of("llama", method, options).eval()
+    given = batch_of("llama", padding="", batch=1)
+    wanted = model.generate(**given, max_new_tokens=6, do_sample=False)
+    drafted = model.generate(**given, max_new_tokens=6, do_sample=False, assistant_model=base_model("llama").eval())
+    assert torch.equal(drafted, wanted)
+
+
+def test_a_pass_before_serves_generation_while_the_mode_is_training():
+    model, given = pair_of("llama", "xlora", {}), batch_of("llama", padding="left")
+    drawn = model.generate(**given, max_new_tokens=4, do_sample=False)
+    assert torch.equal(drawn, model.eval().generate(**given, max_new_tokens=4, do_sample=False))

@@ -94,9 +94,11 @@ def auxiliary(method, facts, output, given, plain, arch, parameters):
         terms = naive.rewarded(facts.losses["noted"], losses)
     elif method == "adamix":
         again = plain(**given)
-        labels = given["labels"]
+        labels, logits = given["labels"], (output.logits, again.logits)
+        if arch in ("llama", "gpt2"):
+            labels, logits = labels[:, 1:], [each[:, :-1] for each in logits]
         rows = labels != -100 if labels.ndim == 2 else slice(None)
-        terms = {"consistency": naive.disagreement(output.logits[rows], again.logits[rows])}
+        terms = {"consistency": naive.disagreement(*(each[rows] for each in logits))}
     else:
         terms = {name: sum(each) / len(each) for name, each in facts.losses.items()}
     return sum(parameters[key] * terms[name] for name, key in LOSSES.get(method, {}).items())

@@ -220,9 +220,10 @@ class Meter:
             return
         share = gates.detach().reshape(-1, gates.shape[-1]).float()
         share = share / share.sum(-1, keepdim=True).clamp(min=1e-12)
-        mask = self._masks[layer.decodes]
-        masked = mask is not None and mask.numel() == len(share)
-        counts = mask.flatten().to(share) if masked else share.new_ones(len(share))  # type: ignore[union-attr]
+        # a decoder's keys and values of cross-attention are of the encoder's tokens
+        masks = (self._masks[layer.decodes], self._masks[False])
+        mask = next((each for each in masks if each is not None and each.numel() == len(share)), None)
+        counts = share.new_ones(len(share)) if mask is None else mask.flatten().to(share)
         sums = share.new_zeros(len(self.experts) + 2)
         sums[list(layer.bank.shape.experts)] = counts @ share
         sums[-2] = -(counts @ torch.xlogy(share, share)).sum()

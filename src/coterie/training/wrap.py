@@ -21,7 +21,7 @@ from ..mixture.layer import is_mixture, widths
 from ..mixture.probe import probe
 from ..mixture.sites import choose_sites, outside_base
 from ..mixture.spec import MixtureSpec, insert, reroute
-from ..recipe import Modules
+from ..recipe import Modules, nearest
 from .adapters import read_adapters, start, suited
 from .checkpoints import SavePretrained, forgive
 
@@ -76,6 +76,9 @@ class MixtureConfig(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
+            if first["type"] == "extra_forbidden" and len(first["loc"]) == 1:
+                known = [*type(self).model_fields]
+                raise CoterieError(f"unknown key {where!r}", "MixtureConfig", nearest(where, known)) from None
             raise CoterieError(f"{where}: {first['msg']}", "MixtureConfig", "see its attributes") from None
 
     @property
@@ -137,7 +140,7 @@ def wrap(model: Any, config: MixtureConfig | None = None, train: Part = "all") -
     Raises:
         CoterieError: an unknown method or layer, a rank or number out of range, or routing that would look ahead.
     """
-    if not isinstance(model, nn.Module) or not isinstance(config, MixtureConfig | None):
+    if not hasattr(model, "named_modules") or not isinstance(config, MixtureConfig | None):
         raise CoterieError(
             f"got a {type(model).__name__} and a {type(config).__name__}",
             "coterie.wrap",
