@@ -1,6 +1,6 @@
 """What learned routers cost: a SMEAR layer, whole models, training steps, and X-LoRA against one LoRA.
 
-    python benchmarks/learned.py     # writes benchmarks/results/learned.json and its tables into docs/training.md
+    python benchmarks/learned.py     # writes benchmarks/results/learned.json; routers_page.py renders docs/smear.md
 
 One thread, in processor time of its own; variants alternate in one process, and a ratio is the median over rounds.
 Memory is the peak of anonymous memory, each training step in a process of its own.
@@ -215,7 +215,9 @@ def xlora(experts: int = 8, rank: int = 8, new_tokens: int = 16) -> dict[str, An
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", help="one of site, whole, steps, xlora: the rest is kept as it is")
+    parser.add_argument(
+        "--only", choices=["site", "whole", "steps", "xlora"], help="measure this part; the rest is kept as it is"
+    )
     parser.add_argument("-o", "--out", type=Path, default=RESULT)
     chosen = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,6 +1,6 @@
-"""Renders the tables and pictures of docs/smear.md from what domains.py and tasks.py wrote to benchmarks/results/.
+"""Renders docs/smear.md from what domains.py, tasks.py and learned.py wrote to benchmarks/results/.
 
-What stands between `<!-- domains -->` and `<!-- end -->`, and between `<!-- tasks -->` and `<!-- end -->`, is replaced.
+What stands between `<!-- domains -->`, `<!-- tasks -->` or `<!-- learned -->` and `<!-- end -->` is replaced.
 
     python benchmarks/routers_page.py
 """
@@ -156,16 +156,71 @@ def section(result: Result, experiment: str, folder: Path) -> str:
     )
 
 
+def costs(result: Result, experiment: str, folder: Path) -> str:
+    """What learned routers cost: the parts of `learned.py` that were run."""
+    shapes = result["shapes"]
+    parts = [
+        f"Batches of {shapes['batch']} × {shapes['tokens']} tokens, rank {shapes['rank']}, {result['threads']} thread, "
+        "in processor time; ratios are medians of alternating rounds. Command: "
+        f"`python benchmarks/{experiment}.py`; figures in `benchmarks/results/{experiment}.json`. "
+        f"Measured with {shown(result['versions'])}."
+    ]
+    if "site" in result:
+        keys = ["least, in experts", "smear, in experts", "ensemble, in experts", "site over dense and least"]
+        rows = [[f"{r['width']}, {r['experts']} experts", *(f"{r[key]:.2f}" for key in keys)] for r in result["site"]]
+        parts += [
+            "One layer, in units of what a single expert adds to it; least is 1 + N / S:",
+            table(["layer", *keys], rows),
+        ]
+    if "whole" in result:
+        rows = [
+            [
+                f"{r['expert']}, {r['experts']} experts",
+                *(f"{r['variants'][name]['ratio']:.2f}" for name in ("base", "smear", "ensemble")),
+            ]
+            for r in result["whole"]
+        ]
+        parts += [
+            "A whole model of MiniLM's shape, over the same with a single expert:",
+            table(["experts", "base", "SMEAR", "ensemble"], rows),
+        ]
+    if "steps" in result:
+        rows = [
+            [
+                f"`{name}`",
+                f"{r['ms']:.0f}",
+                f"{r['ratio']:.2f}",
+                f"{r['peak_mib']:.0f}",
+                f"{r['memory_ratio']:.2f}",
+                f"{r['trainable']:,}",
+            ]
+            for name, r in result["steps"].items()
+        ]
+        head = ["method, 8 experts", "ms a step", "over single", "peak MiB", "over single", "trained parameters"]
+        parts += ["A training step of that model:", table(head, rows)]
+    if "xlora" in result:
+        names = list(next(iter(result["xlora"].values()))["variants"])
+        rows = [
+            [what, *(f"{each['variants'][name]['ratio']:.2f}" for name in names)]
+            for what, each in result["xlora"].items()
+        ]
+        parts += [
+            "X-LoRA of 8 experts of rank 8 in a small Llama (4 layers of 256), over PEFT's single LoRA:",
+            table(["", *names], rows),
+        ]
+    return "\n\n".join(parts)
+
+
 def render(results: Path, page: Path) -> None:
     """Fill the page's parts from the results that exist, and write its pictures (in a folder beside it)."""
     folder = page.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     text = page.read_text()
-    for experiment in ("domains", "tasks"):
+    for experiment, write in (("domains", section), ("tasks", section), ("learned", costs)):
         path = results / f"{experiment}.json"
         if path.exists():
             filled = (
-                f"<!-- {experiment} -->\n\n{section(json.loads(path.read_text()), experiment, folder)}\n\n<!-- end -->"
+                f"<!-- {experiment} -->\n\n{write(json.loads(path.read_text()), experiment, folder)}\n\n<!-- end -->"
             )
             before, _, after = text.partition(f"<!-- {experiment} -->")
             text = before + filled + after.partition("<!-- end -->")[2]

@@ -195,3 +195,16 @@ def test_layers_that_do_not_see_whole_examples():
         method="smear", experts=2, parameters={"rank": 2}, modules={"include": ["*downsample.reduction"]}
     )
     assert coterie.wrap(dense, config)(pixel_values=torch.randn(2, 3, 16, 16)).logits.shape == (2, 3)
+
+
+def test_a_decoder_without_a_head_is_causal_too():
+    from transformers import BertModel, LlamaModel
+
+    from coterie.mixture.forward import is_causal
+    from zoo import base_model
+
+    llama, bert = base_model("llama"), base_model("bert")
+    assert is_causal(llama) and is_causal(LlamaModel(llama.config))
+    assert not is_causal(bert) and not is_causal(BertModel(bert.config))
+    with pytest.raises(coterie.CoterieError, match="look ahead"):
+        coterie.wrap(LlamaModel(llama.config), coterie.MixtureConfig(method="smear", experts=2))

@@ -581,9 +581,24 @@ def decoder_path(model: Any) -> str | None:
 
 
 def is_causal(model: Any) -> bool:
-    """Whether a model writes token after token, so that its routers may not look ahead."""
+    """Whether each token's output may depend on no later one: a model that writes, or the decoder that it is made of.
+
+    A classifier on a decoder is none: its one answer comes after the last token.
+    """
+    if _is_seq2seq(model):
+        return False
     able = getattr(model, "can_generate", None)
-    return bool(able and able()) and not _is_seq2seq(model)
+    if able and able():
+        return True
+    from transformers.models.auto import modeling_auto as names
+
+    config = getattr(model, "config", None)
+    kind = getattr(config, "model_type", None)
+    bare = names.MODEL_MAPPING_NAMES.get(kind)
+    bare = (bare,) if isinstance(bare, str) else bare or ()
+    writes = kind in names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    both_ways = kind in names.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    return type(model).__name__ in bare and writes and not both_ways
 
 
 def content_hash(values: Tensor, valid: Tensor | None) -> Tensor:
