@@ -8,6 +8,7 @@ import sys
 import peft
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import coterie
 from matching import relative_error
@@ -161,3 +162,17 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path):
     ):
         with pytest.raises(coterie.CoterieError, match=wanted):
             coterie.wrap(model, coterie.MixtureConfig(**{"experts": {"a": adapter, "b": adapter}, **keys}))
+
+
+def test_an_xlora_directory_of_peft_is_refused_by_name(tmp_path):
+    base = base_model("llama")
+    save(base, tmp_path / "base")
+    (tmp_path / "xlora").mkdir()
+    config = {"peft_type": "XLORA", "adapters": {"0": "a"}, "base_model_name_or_path": "base"}
+    (tmp_path / "xlora" / "adapter_config.json").write_text(json.dumps(config))
+    save_file({"w": torch.zeros(1)}, tmp_path / "xlora" / "adapter_model.safetensors")
+    with pytest.raises(coterie.CoterieError, match="X-LoRA.*name the adapters"):
+        coterie.build(
+            method="arrow", base=tmp_path / "base", experts={"x": tmp_path / "xlora"}, out=str(tmp_path / "out")
+        )
+    assert not (tmp_path / "out").exists()

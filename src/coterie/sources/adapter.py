@@ -66,6 +66,11 @@ class AdapterExpert(ExpertSource):
 
     def _check(self) -> None:
         kind = self.config.get("peft_type")
+        if kind == "XLORA":
+            raise self._refuse(
+                "it is an X-LoRA model, several adapters and a router (which PEFT 0.20 and 0.21 do not save)",
+                "name the adapters that its adapter_config.json lists as experts, and train a router: method xlora",
+            )
         if kind != "LORA":
             raise self._refuse(f"its type is {kind!r}, and only LORA (and DoRA) is a low-rank delta", "merge it first")
         for key, value in self.config.items():
