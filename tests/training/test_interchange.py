@@ -171,7 +171,7 @@ def test_an_xlora_directory_of_peft_is_refused_by_name(tmp_path):
     config = {"peft_type": "XLORA", "adapters": {"0": "a"}, "base_model_name_or_path": "base"}
     (tmp_path / "xlora" / "adapter_config.json").write_text(json.dumps(config))
     save_file({"w": torch.zeros(1)}, tmp_path / "xlora" / "adapter_model.safetensors")
-    with pytest.raises(coterie.CoterieError, match="X-LoRA.*name the adapters"):
+    with pytest.raises(coterie.CoterieError, match=r"X-LoRA.*name the adapters"):
         coterie.build(
             method="arrow", base=tmp_path / "base", experts={"x": tmp_path / "xlora"}, out=str(tmp_path / "out")
         )
