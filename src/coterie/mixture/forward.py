@@ -593,7 +593,7 @@ def is_causal(model: Any) -> bool:
     from transformers.models.auto import modeling_auto as names
 
     config = getattr(model, "config", None)
-    kind = getattr(config, "model_type", None)
+    kind = str(getattr(config, "model_type", ""))
     bare = names.MODEL_MAPPING_NAMES.get(kind)
     bare = (bare,) if isinstance(bare, str) else bare or ()
     writes = kind in names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
