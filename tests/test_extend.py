@@ -170,3 +170,11 @@ def test_on_the_command_line(sources: dict[str, str], tmp_path: Path) -> None:
     removed = run.invoke(app, ["remove", str(tmp_path / "n"), "a b", "saved", "-o", str(tmp_path / "o"), "--json"])
     assert removed.exit_code == 0, removed.output
     assert coterie.load(str(tmp_path / "o")).coterie.expert_names == ["wide"]
+
+
+def test_a_trained_mixture_is_refused(tmp_path):
+    base = base_model("bert")
+    trained = coterie.wrap(base, coterie.MixtureConfig(method="smear", experts=2, parameters={"rank": 2}))
+    trained.save_pretrained(tmp_path / "trained")
+    with pytest.raises(coterie.CoterieError, match="was trained"):
+        coterie.remove_experts(tmp_path / "trained", ["expert 1"], tmp_path / "out")

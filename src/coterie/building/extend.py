@@ -79,7 +79,12 @@ class _Before:
         self.account = self.location.json("mixture.json") or {}
         self.checkpoint = Checkpoint.open(self.location)
         anew = "build it anew, from all its sources"
-        if not self.account or self.account["recipe"]["method"] != self.spec.method:
+        if get(self.spec.method).trained:
+            raise CoterieError("was trained, and its routers know its experts alone", self.where, "train one anew")
+        if (
+            not {"recipe", "report", "kinds"} <= set(self.account)
+            or self.account["recipe"]["method"] != self.spec.method
+        ):
             raise CoterieError("was not written by a build, or was changed since", self.where, anew)
         self.recipe, self.report = self.account["recipe"], self.account["report"]
         mixture = get(self.spec.method).assemble(**self.spec.parameters)

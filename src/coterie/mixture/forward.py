@@ -47,7 +47,9 @@ def check_routing(model: Any, routing: Any) -> None:
         raise CoterieError(
             f"its routers would look ahead in a {type(model).__name__}, which writes token after token",
             "pool" if routing.combine != "slots" else "method",
-            'use pool "prompt" or "segment"' if routing.combine != "slots" else "use it in encoders alone",
+            'use pool "prompt" or "segment": parameters={"pool": "prompt"}'
+            if routing.combine != "slots"
+            else "use it in encoders alone",
         )
     by_rows = SCORES[routing.score].reads == "rows" or routing.score == "vectors"
     by_rows = by_rows and routing.pool not in ("token", "task")
@@ -298,7 +300,7 @@ class Forward:
                 "the routers decide by the prompt, and the call does not say where it ends",
                 "prompt_lengths",
                 "pass prompt_lengths=(batch,), each at least 1, or labels that are -100 on the prompt; "
-                "`generate` needs neither",
+                "`generate` needs neither, with its cache",
             )
         if not call.training:
             call.kept = {}

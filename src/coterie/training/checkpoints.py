@@ -21,6 +21,7 @@ class SavePretrained:
 
     def __init__(self, model: Any):
         self.model = model
+        self.use_cache = getattr(model.config, "use_cache", None)
 
     def __call__(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         model = self.model
@@ -28,7 +29,7 @@ class SavePretrained:
         if not CHECKPOINT.fullmatch(Path(save_directory).name):
             return save(model, save_directory, *args, **kwargs)
         config, ignored = model.config, model._keys_to_ignore_on_save
-        complete = config.quantization_config
+        complete, cached = config.quantization_config, getattr(config, "use_cache", None)
         from ..mixture.hub import CoterieConfig
 
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -38,9 +39,13 @@ class SavePretrained:
         try:
             config.quantization_config = CoterieConfig(**{**model.coterie.spec.to_dict(), "base": base})
             model._keys_to_ignore_on_save = {*(ignored or ()), *(set(model.state_dict()) - kept)}
+            if cached is not None:
+                config.use_cache = self.use_cache  # the Trainer switches it off, and would have it saved so
             return save(model, save_directory, *args, **kwargs)
         finally:
             config.quantization_config, model._keys_to_ignore_on_save = complete, ignored
+            if cached is not None:
+                config.use_cache = cached
 
 
 def forgive(model: Any, keys: Any) -> None:
