@@ -88,10 +88,10 @@ def list_(library: Where, token: Token = None, as_json: Json = False) -> None:
     """List a library's experts; nothing is read but its manifest."""
     from rich.table import Table
 
-    from .expert import span
-    from .store import open
+    from ..sources.locate import locate
+    from ..sources.manifest import MANIFEST, read_manifest, span
 
-    entries = open(library, token).entries()
+    entries = read_manifest(locate(str(library), token, [MANIFEST])).experts
     if as_json:
         _json({n: e.model_dump() for n, e in entries.items()})
         return

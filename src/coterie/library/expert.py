@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +18,7 @@ from ..sources.adapter import AdapterExpert
 from ..sources.checkpoint import Checkpoint
 from ..sources.delta import LowRank
 from ..sources.locate import Location
-from ..sources.manifest import ADAPTER, Entry, inside
+from ..sources.manifest import ADAPTER, Entry, inside, span
 from . import statistics
 
 FACTS = "expert.json"
@@ -174,8 +173,3 @@ def hash_of(file: Path) -> str:
         while block := opened.read(1 << 20):
             found.update(block)
     return found.hexdigest()
-
-
-def span(numbers: Sequence[int]) -> str:
-    """The smallest and the largest of some numbers, for people."""
-    return "-" if not numbers else str(numbers[0]) if numbers[0] == numbers[-1] else f"{numbers[0]}-{numbers[-1]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -144,3 +145,8 @@ def inside(folder: Path, name: str) -> Path:
     if not found.is_file():
         raise CoterieError("is missing", str(file), "fetch it again")
     return file
+
+
+def span(numbers: Sequence[int]) -> str:
+    """The smallest and the largest of some numbers, for people."""
+    return "-" if not numbers else str(numbers[0]) if numbers[0] == numbers[-1] else f"{numbers[0]}-{numbers[-1]}"
