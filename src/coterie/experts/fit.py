@@ -62,8 +62,21 @@ class FittedLayer:
     sums: list[list[float]] = field(default_factory=list)
 
 
+class LayerByLayer:
+    """Experts of which a layer's depend on no other layer's."""
+
+    def finish(
+        self,
+        layers: Mapping[str, BankShape],
+        sums: Mapping[str, list[list[float]]],
+        reports: Mapping[str, LayerReport],
+    ) -> dict[str, BankShape]:
+        """The shapes once every layer is known: as they are."""
+        return dict(layers)
+
+
 @dataclass(frozen=True)
-class TruncatedSVD:
+class TruncatedSVD(LayerByLayer):
     """Experts are truncated SVDs of the deltas; gates read their leading right singular vectors.
 
     `A_i = V_k^T` (orthonormal rows) and `B_i = S_k U_k^T` times the expert's weight, so that with `gate_rank <= rank`
@@ -110,15 +123,6 @@ class TruncatedSVD:
             if self.rank == "dense" or any(int(r) < gate for r in touching):
                 parameters += gate * d_in * len(touching)
         return ranks, parameters + (d_out * len(touching) if bias else 0)
-
-    def finish(
-        self,
-        layers: Mapping[str, BankShape],
-        sums: Mapping[str, list[list[float]]],
-        reports: Mapping[str, LayerReport],
-    ) -> dict[str, BankShape]:
-        """The shapes once every layer is known: as they are."""
-        return dict(layers)
 
     def fit(
         self,

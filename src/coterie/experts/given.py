@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,11 +12,11 @@ from ..errors import CoterieError
 from ..sources.delta import Delta, Fitted, LowRank
 from .bank import BankShape
 from .factorise import factorise, frobenius
-from .fit import FittedLayer, LayerReport, overlap, spread
+from .fit import FittedLayer, LayerByLayer, LayerReport, overlap, spread
 
 
 @dataclass(frozen=True)
-class GivenFactors:
+class GivenFactors(LayerByLayer):
     """`down` is A, `up` is B times the adapter's scale and the expert's weight; rows of zeros make ranks equal.
 
     Gates read each expert's leading right singular vectors, as of `TruncatedSVD`.
@@ -36,15 +36,6 @@ class GivenFactors:
         parameters = touching * (most * (d_in + d_out) + (d_out if bias else 0))
         parameters += touching * self.gate_rank * d_in if touching > 1 else 0
         return [None if bound == 0 else most for bound in known], parameters
-
-    def finish(
-        self,
-        layers: Mapping[str, BankShape],
-        sums: Mapping[str, list[list[float]]],
-        reports: Mapping[str, LayerReport],
-    ) -> dict[str, BankShape]:
-        """The shapes once every layer is known: as they are."""
-        return dict(layers)
 
     def fit(
         self,
