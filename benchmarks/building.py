@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
@@ -109,7 +110,7 @@ def jobs(options: argparse.Namespace) -> dict[str, Any]:
     import coterie
     from coterie.building import engines
     from coterie.building.prepare import prepare
-    from coterie.building.steps import Options, steps_of
+    from coterie.building.steps import Options, make, steps_of
     from coterie.recipe import read_recipe
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -122,7 +123,7 @@ def jobs(options: argparse.Namespace) -> dict[str, Any]:
                     clock(lambda count=count: coterie.build(recipe, out=folder / "out", jobs=count, force=True))
                 )
         ready = prepare(read_recipe(recipe))
-        steps = steps_of(ready)
+        steps, run_step = steps_of(ready), partial(make, ready, Options())
         told = engines._Job(read_recipe(recipe).model_dump_json(), None, Options(), files="")
         alone: dict[str, list[Any]] = {"1 thread": [], "2 threads": [], "2 processes": []}
         with engines.one_thread(), ProcessPoolExecutor(2, get_context("spawn")) as pool:
@@ -135,7 +136,7 @@ def jobs(options: argparse.Namespace) -> dict[str, Any]:
             in_processes()  # the workers import and open their sources
             for _ in range(options.repeats):
                 for count in (1, 2):
-                    run = clock(lambda count=count: list(engines.in_threads(ready, Options(), count, steps)))
+                    run = clock(lambda count=count: list(engines.in_threads(run_step, count, steps)))
                     alone[f"{count} thread{'s' * (count > 1)}"].append(run)
                 alone["2 processes"].append({"wall_s": clock(in_processes)["wall_s"]})
     one, two = (middle(runs) for runs in whole.values())

@@ -26,7 +26,7 @@ from routers import Experiment, Rows, main
 METHODS = ("smear", "tag", "switch", "single_wide", "hash", "ensemble")
 LAYERS, TOKENS = 3, 16
 TRAIN, VALIDATION, TEST = 6000, 300, 500  # rows of a task, at most
-STEPS, BATCH, RANK = 1000, 32, 8
+STEPS, BATCH, RANK = 600, 32, 8
 RATES = (1e-3, 3e-3, 1e-2)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -162,3 +163,16 @@ def test_the_page_shows_what_was_measured(measure: Any, tmp_path: Path) -> None:
     for name in pictures:
         assert f"(speed/{name}.svg)" in text
         ElementTree.parse(tmp_path / "docs" / "speed" / f"{name}.svg")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["startup", "jobs", "disk"])
+def test_what_a_build_costs_is_measured(part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On next to nothing: that every part still runs against the code that it measures."""
+    import building
+
+    out = tmp_path / "building.json"
+    words = [part, "--width", "64", "--depth", "1", "--repeats", "1", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["building.py", *words])
+    building.main()
+    assert set(json.loads(out.read_text())) == {part}

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small import encoder_suite
+from small import LETTERS, encoder_suite
 
 from coterie.errors import CoterieError
 from coterie.evaluation import combine
@@ -104,6 +105,29 @@ def test_merges_that_need_statistics_are_given_them(suite: Suite, copied: Path) 
     average, fisher, regmean = (results(found, name)[0]["skill"] for name in ("average", "fisher", "regmean"))
     assert average != fisher and average != regmean
     assert not list((copied / "cache").rglob("*.safetensors"))
+
+
+def test_routers_that_need_statistics_are_given_them(
+    suite: Suite, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And retrieval is told the texts, but where the task is known."""
+    pytest.importorskip("peft")
+    from coterie.library import encoder
+
+    def letters(texts: Sequence[str]) -> torch.Tensor:
+        return torch.tensor([[sum(map(text.count, letters)) + 0.1 for letters in LETTERS.values()] for text in texts])
+
+    monkeypatch.setattr(combine, "minilm", lambda: letters)
+    monkeypatch.setattr(encoder, "minilm", lambda: letters)
+    options = {"experts": "lora", "tiny": True, "grids": {}}
+    found = run(suite, copied, "nearest_example,retriever,phatgoose,average_activation", **options)
+    rows = {name: results(found, name) for name in ("nearest_example", "retriever", "phatgoose", "average_activation")}
+    assert not [row["note"] for each in rows.values() for row in each if not row["skill"]]
+    expert = results(found, "expert of the task")[0]["skill"]
+    told = {row["task"]: row["skill"] for row in rows["nearest_example"] if row["others"] == "base"}
+    assert told == {"known": expert, "not known": expert}  # the letters tell the tasks apart
+    assert found["comparisons"][0]["routing"]["nearest_example"] == [1.0, 1.0]
+    assert not list((copied / "cache" / "models").glob("*"))
 
 
 def test_the_choice_is_made_on_validation_rows(suite: Suite, copied: Path) -> None:
@@ -247,6 +271,7 @@ def test_a_task_that_tells_nothing(suite: Suite, tmp_path: Path) -> None:
     ("options", "said"),
     [
         ({"methods": "smlie"}, "unknown method 'smlie'; did you mean 'smile'"),
+        ({"methods": "smear"}, "smear is trained and not built"),
         ({"experts": "ful"}, "small has no experts of kind 'ful'"),
         ({"seeds": 0}, "0 sets of experts"),
         ({"seeds": 2}, "have no further seeds"),

@@ -11,7 +11,7 @@ from trained import batch_of, call_of, tasks, wrapped
 
 import coterie
 from coterie.methods.registry import Mixture
-from coterie.mixture.forward import example_losses
+from coterie.mixture.losses import example_losses
 from coterie.routing.balance import balance, z
 from coterie.routing.decision import Decision
 from coterie.routing.gumbel import Gumbel

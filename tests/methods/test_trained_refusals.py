@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from trained import batch_of, tasks, wrapped
@@ -123,6 +125,7 @@ CALLS = {
     "too few tasks": ("mhr", {"task_ids": torch.tensor([0, 1])}, r"task_ids has shape \(2,\)"),
     "tasks that are no numbers": ("tag", {"task_ids": torch.rand(3)}, "float32"),
     "tasks of one-hot": ("tag", {"task_ids": torch.eye(3).long()}, r"shape \(3, 3\)"),
+    "tasks by name": ("tag", {"task_ids": ["a", "b", "c"]}, "task_ids is \"\\['a', 'b', 'c'\\]\""),
     "a label of no class": ("smear", {"labels": torch.tensor([0, 1, 3])}, "label 3 is none of 3 classes"),
     "a label below none": ("switch", {"labels": torch.tensor([0, -2, 1])}, "label -2 is none of 3 classes"),
 }
@@ -167,6 +170,23 @@ def test_a_part_that_is_called_by_itself(method, arch):
             assert torch.allclose(model(**whole, encoder_outputs=states).logits, wanted, atol=1e-6)
 
 
+def test_a_part_that_trains_by_itself_says_so():
+    """Token routers need no call, but their losses do."""
+    model, given = wrapped("bert", "switch"), batch_of("bert")
+    with pytest.warns(UserWarning, match=r"a part of the mixture was called.*balance, z"):
+        model.bert(**given)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wrapped("bert", "switch")(**batch_of("bert", labels=True))
+        with torch.no_grad():
+            wrapped("bert", "switch").bert(**given)
+
+
+def test_torchs_data_parallel_is_refused():
+    with pytest.raises(coterie.CoterieError, match="torchrun"):
+        wrapped("bert", "smear")._replicate_for_data_parallel()  # what DataParallel calls for each device
+
+
 def test_states_of_another_encoder():
     model = wrapped("t5", "hash").eval()
     given = batch_of("t5")
@@ -200,7 +220,7 @@ def test_layers_that_do_not_see_whole_examples():
 def test_a_decoder_without_a_head_is_causal_too():
     from transformers import BertModel, LlamaModel
 
-    from coterie.mixture.forward import is_causal
+    from coterie.mixture.kinds import is_causal
     from zoo import base_model
 
     llama, bert = base_model("llama"), base_model("bert")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import shutil
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
     from .inputs import Inputs
     from .report import BuildReport
 
-# Of the base: what makes its inputs.
-_COPIED = (
+# Of the base: what makes its inputs,
+INPUTS = (
     "tokenizer*",
     "vocab*",
     "merges.txt",
@@ -34,16 +35,14 @@ _COPIED = (
     "image_processor_config.json",
     "feature_extractor_config.json",
     "generation_config.json",
-    "modules.json",
-    "sentence_bert_config.json",
-    "config_sentence_transformers.json",
-    "1_Pooling",
 )
+# and what sentence-transformers makes of its outputs.
+_SENTENCES = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling")
 
 
-def copy_inputs(source: Path, folder: Path) -> None:
-    """Copy what makes a model's inputs: tokenizer, processor, generation settings."""
-    for pattern in _COPIED:
+def copy_inputs(source: Path, folder: Path, patterns: Iterable[str] = (*INPUTS, *_SENTENCES)) -> None:
+    """Copy what makes a model's inputs: tokenizer, processor, generation settings; of an encoder, its pooling."""
+    for pattern in patterns:
         for file in sorted(source.glob(pattern)):
             if file.is_dir():
                 shutil.copytree(file, folder / file.name, dirs_exist_ok=True)

@@ -6,7 +6,7 @@ import copy
 import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import transformers
 from transformers import AutoConfig
@@ -20,6 +20,7 @@ from ..sources.experts import ExpertSource, FullExpert, shape_error
 from ..sources.locate import PATTERNS, Location, locate
 from ..sources.names import LiveSkeleton, ModuleView, Skeleton, View
 from .kept import Kept, KeptExpert
+from .lineage import lineage_notes
 from .notes import config_notes, tokenizer_notes
 
 # AutoModel classes for the task types of PEFT adapters.
@@ -32,6 +33,7 @@ TASKS = {
     "FEATURE_EXTRACTION": "AutoModel",
 }
 LABELS = ("id2label", "label2id", "problem_type")
+Opened = TypeVar("Opened", bound=View | ModuleView)
 
 
 @dataclass
@@ -109,7 +111,7 @@ class Inputs:
         return replace(self, base=_again(self.base), experts=experts)
 
 
-def _again(view: View | ModuleView) -> View | ModuleView:
+def _again(view: Opened) -> Opened:
     twin = copy.copy(view)
     if isinstance(twin, View):
         twin.checkpoint = replace(twin.checkpoint, sha256={}, bytes_read=0)
@@ -174,6 +176,7 @@ def open_inputs(
         experts.append(expert)
         left_out[f"expert {name}"] = expert.left_out
     notes += tokenizer_notes(where, places, result)
+    notes += lineage_notes(where, _again(base), [expert for expert in experts if isinstance(expert, AdapterExpert)])
     for name, tensor in skeleton.tensors.items():
         shape = base.shape(name) if name in base else None
         if shape is not None and shape != tuple(tensor.shape) and name.rpartition(".")[0] not in heads:

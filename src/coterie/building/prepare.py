@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import CoterieError
 from ..methods.registry import Method, Mixture, get
-from ..mixture.forward import check_routing
+from ..mixture.kinds import check_routing
 from ..mixture.probe import Probe, probe
 from ..mixture.sites import Sites, choose_sites
 from ..recipe import Recipe

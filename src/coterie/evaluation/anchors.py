@@ -20,6 +20,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from .ladder import blocks_of
 from .metrics import class_scores
+from .reader import told
 from .suite import Inputs, Split, Task
 
 SCALE = 20.0
@@ -93,7 +94,8 @@ class AnchorReader:
         parts: list[np.ndarray] = []
         for rows, batch in self.batches(texts):
             order.extend(rows.tolist())
-            parts.append(embed(model, batch).float().cpu().numpy())
+            with told(model, (texts[row] for row in rows)):
+                parts.append(embed(model, batch).float().cpu().numpy())
         return np.concatenate(parts)[np.argsort(order)]
 
     def loss(self, model: nn.Module, task: Task, rows: Split) -> Tensor:

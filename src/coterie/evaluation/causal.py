@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from .reader import told
 from .suite import Inputs, Split, Task
 
 MAX_TOKENS = 128
@@ -109,12 +110,14 @@ class CausalReader:
         if task.metric == "perplexity":
             ids, labels = self.labelled(split)
             for rows in _alike(ids, 64):
-                total, tokens = self.losses(model, [ids[row] for row in rows], [labels[row] for row in rows])
+                with told(model, (split.inputs[row] for row in rows)):
+                    total, tokens = self.losses(model, [ids[row] for row in rows], [labels[row] for row in rows])
                 scores[rows] = (total / tokens).double().cpu().numpy()
             return scores
         prompts = self.prompts(split.inputs)
         for rows in _alike(prompts, 128):
-            right = self.generated(model, [prompts[row] for row in rows])
+            with told(model, (split.inputs[row] for row in rows)):
+                right = self.generated(model, [prompts[row] for row in rows])
             scores[rows] = [
                 np.nan if answer is None else float(answer == split.targets[row])
                 for row, answer in zip(rows, right, strict=True)

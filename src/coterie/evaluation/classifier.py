@@ -17,6 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from ..errors import CoterieError
 from .ladder import blocks_of
 from .metrics import class_scores
+from .reader import told
 from .suite import Inputs, Split, Task
 
 ADAPTER = "adapter_model.safetensors"
@@ -103,7 +104,8 @@ class ClassifierReader:
             columns = _columns(config, task)
             for rows, batch in self.batches(split.inputs):
                 order.extend(rows.tolist())
-                parts.append(model(**batch).logits[:, columns].float().cpu().numpy())
+                with told(model, (split.inputs[row] for row in rows)):
+                    parts.append(model(**batch).logits[:, columns].float().cpu().numpy())
         return class_scores(np.concatenate(parts)[np.argsort(order)], np.asarray(split.targets), task.metric)
 
     @contextmanager

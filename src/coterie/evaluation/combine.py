@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,15 +14,18 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 import coterie
 
-from .. import methods
+from .. import library, methods
 from ..errors import CoterieError
+from ..library.encoder import account, embeddings, minilm
 from ..merging import registry as merges
-from ..merging.statistics import fisher, gram
+from ..merging.statistics import Statistics, fisher, gram
 from ..registration import Registered
+from ..sources.statistics import write as write_vectors
 from .extract import expert_state
 from .ladder import State, load
 from .reader import Reader
@@ -35,7 +39,13 @@ GRIDS: dict[str, list[dict[str, Any]]] = {
 has one."""
 
 STATISTICS_ROWS = 256
-"""Training rows of each task from which Gram matrices and Fisher information are gathered."""
+"""Training rows of each task from which Gram matrices, Fisher information and mean activations are gathered."""
+
+EXAMPLES = 32
+"""Training rows of each task whose text is embedded, for retrieval."""
+
+GATE_ROWS, GATE_BATCH = 3200, 32
+"""Training rows of each task that PHATGOOSE's gates learn from, and those of a step."""
 
 ROOMS = ("sources", "experts", "routing", "mixture", "building")
 """What makes and runs a mixture, whatever its method."""
@@ -101,25 +111,52 @@ class Experts:
         return load(self.reader.base_model(), state)
 
     def statistics(self, name: str, kind: str, folder: Path) -> Path:
-        """A file of what a merge needs to know of an expert, from rows that it was trained on.
+        """A file of what a merge or a router needs to know of an expert, from rows that it was trained on.
 
         Args:
             name: of the expert.
-            kind: "gram" or "fisher".
+            kind: "gram" or "fisher", of a merge; "task" or "examples", embeddings by MiniLM, "gate" or "activation".
             folder: where the file is, or is made.
+
+        Raises:
+            CoterieError: gates or activations of an expert that is no adapter.
         """
         file = folder / f"{digest(self.keys[name], kind)[:16]}.safetensors"
-        if not file.exists():
-            task, model = self.tasks[name], self.fresh(self.state(name))
-            rows = task.train.head(STATISTICS_ROWS).inputs
-            if kind == "gram":
-                found = gram(model, (batch for _, batch in self.reader.batches(rows)))
-            else:
-                single = (rows[i : i + 1] for i in range(len(rows)))
-                batches = (batch for row in single for _, batch in self.reader.batches(row))
-                found = fisher(model, batches, logits=partial(self.reader.logits, task))
-            found.write(file)
+        if file.exists():
+            return file
+        if kind in ("task", "examples"):
+            texts = [str(row) for row in self.tasks[name].train.head(EXAMPLES).inputs]
+            found = {"embedding": embeddings(minilm(), kind, texts)}
+            write_vectors(file, found, {"kind": kind, **account(minilm(), texts)})
+        elif kind in ("gate", "activation"):
+            write_vectors(file, self._vectors(name, kind), {"kind": kind})
+        else:
+            self._moments(name, kind).write(file)
         return file
+
+    def _moments(self, name: str, kind: str) -> Statistics:
+        task, model = self.tasks[name], self.fresh(self.state(name))
+        rows = task.train.head(STATISTICS_ROWS).inputs
+        if kind == "gram":
+            return gram(model, (batch for _, batch in self.reader.batches(rows)))
+        single = (rows[i : i + 1] for i in range(len(rows)))
+        batches = (batch for row in single for _, batch in self.reader.batches(row))
+        return fisher(model, batches, logits=partial(self.reader.logits, task))
+
+    def _vectors(self, name: str, kind: str) -> dict[str, Tensor]:
+        """Of the expert in a library of its own: trained, or gathered, there."""
+        task, reader = self.tasks[name], self.reader
+        with tempfile.TemporaryDirectory() as folder:
+            alone = library.create(Path(folder) / "library", reader.base)
+            alone.add(name, self.directories[name], base=reader.base)
+            if kind == "gate":
+                starts = range(0, min(len(task.train), GATE_ROWS), GATE_BATCH)
+                batches = [task.train.take(np.arange(i, min(i + GATE_BATCH, len(task.train)))) for i in starts]
+                alone.train_gates(name, reader.base_model(), batches, loss=lambda m, rows: reader.loss(m, task, rows))
+            else:
+                rows = task.train.head(STATISTICS_ROWS).inputs
+                alone.average_activation(name, reader.base_model(), [batch for _, batch in reader.batches(rows)])
+            return alone.statistics(name, kind)
 
     def rank(self) -> int | None:
         """The largest rank of the experts, if all are LoRA adapters."""
@@ -130,8 +167,8 @@ class Experts:
 
 
 def known() -> list[str]:
-    """Every method that makes one model of experts: the mixtures, then the merges."""
-    return [m.name for m in methods.known()] + [m.name for m in merges.known()]
+    """Every method that makes one model of experts: the mixtures that are built, then the merges."""
+    return [m.name for m in methods.known() if not m.trained] + [m.name for m in merges.known()]
 
 
 def is_mixture(name: str) -> bool:
@@ -147,24 +184,32 @@ def find(name: str) -> Registered:
     if name not in known():
         from ..recipe import nearest
 
+        if is_mixture(name):
+            raise CoterieError(
+                f"{name} is trained and not built", "--methods", "name methods that are built of given experts"
+            )
+
         raise CoterieError(f"unknown method {name!r}", "--methods", nearest(name, known()))
     return methods.get(name) if is_mixture(name) else merges.get(name)
 
 
-def ways(name: str, grid: list[dict[str, Any]] | None = None) -> list[Way]:
+def ways(name: str, experts: int, grid: list[dict[str, Any]] | None = None) -> list[Way]:
     """The method with its defaults, then with each other parameters to choose from.
 
     Args:
         name: of the method.
+        experts: how many there are; as many answer at most.
         grid: the parameters to choose from; default: as `GRIDS` has them.
     """
     method = find(name)
     if grid is None:
         grid = GRIDS.get(name, [{"scale": scale} for scale in SCALES] if "scale" in method.defaults else [])
-    others = "base" if is_mixture(name) else None
+    others, defaults = "base" if is_mixture(name) else None, dict(method.defaults)
+    if "top_k" in defaults:
+        defaults["top_k"] = min(defaults["top_k"], experts)
     found: list[Way] = []
     for parameters in ({}, *grid):
-        way = Way(name, {**method.defaults, **parameters}, others)
+        way = Way(name, {**defaults, **parameters}, others)
         found += [way] if way not in found else []
     return found
 
@@ -207,9 +252,12 @@ def combined(way: Way, experts: Experts, folder: Path) -> Iterator[Callable[[], 
 
 
 def recipe(way: Way, experts: Experts, folder: Path | None = None) -> dict[str, Any]:
-    """The recipe that makes the same from files; `folder` is where statistics are kept that a merge needs."""
+    """The recipe that makes the same from files; `folder` is where statistics are kept that it needs."""
     sources: dict[str, Any] = {name: str(path) for name, path in experts.directories.items()}
-    needs = None if is_mixture(way.method) else merges.get(way.method).needs
+    if is_mixture(way.method):
+        needs = methods.get(way.method).assemble(**way.parameters).statistics
+    else:
+        needs = merges.get(way.method).needs
     if needs and folder:
         folder.mkdir(parents=True, exist_ok=True)
         sources = {

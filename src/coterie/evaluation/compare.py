@@ -22,7 +22,7 @@ from .cells import Cells
 from .combine import Experts, Way, combined, find, is_mixture, known, meaning, ways
 from .ladder import delta, linear_deltas, linear_layers
 from .metrics import Interval, Scores, bootstrap, normalised, skills
-from .reader import Reader
+from .reader import Reader, told
 from .suite import Split, Suite, Task, digest, weights_sha256
 from .train import Job, jobs, quiet, train_shown
 
@@ -210,7 +210,7 @@ class Comparer:
         whole: bool,
         result: Callable[..., Result],
     ) -> _Found:
-        default, *tried = ways(name, grid)
+        default, *tried = ways(name, len(experts.directories), grid)
         if whole or not tried:
             tried = [default, *tried]
         chosen = (
@@ -393,9 +393,9 @@ def routed_share(reader: Reader, model: nn.Module, expert: int, split: Split) ->
     """
     hits: dict[bool, int] = {True: 0, False: 0}
     total = dict(hits)
-    for _, batch in reader.batches(split.inputs):
+    for rows, batch in reader.batches(split.inputs):
         mask = batch["attention_mask"].bool() if "attention_mask" in batch else None
-        with coterie.routing_trace(model) as trace:
+        with told(model, (split.inputs[row] for row in rows)), coterie.routing_trace(model) as trace:
             model(**batch)
         for gates in trace.values():
             chosen = gates.argmax(-1)
@@ -460,7 +460,7 @@ def compare(
     _check_kind(suite, kind, seeds)
     tasks = suite.tasks(**TINY_ROWS)[:TINY_TASKS] if tiny else suite.tasks(test=suite.test_rows)
     if tiny and grids is None:
-        grids = {name: [way.parameters for way in ways(name)[:2]] for name in names}
+        grids = {name: [way.parameters for way in ways(name, len(tasks))[:2]] for name in names}
     check(tasks)
     cache.mkdir(parents=True, exist_ok=True)
     out.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ from .extract import expert_state
 from .ladder import load
 from .metrics import METRICS, skills
 from .reader import Reader
-from .suite import Suite, Task
+from .suite import Inputs, Suite, Task
 from .tables import Sheet
 from .train import quiet
 
@@ -109,10 +109,16 @@ def routed_tasks(
         (
             task.name,
             task.name if task.name in experts else None,
-            (b for _, b in reader.batches(task.test.head(rows).inputs)),
+            _with_texts(reader, task.test.head(rows).inputs),
         )
         for task in found.tasks(test=found.test_rows)
     ]
+
+
+def _with_texts(reader: Reader, inputs: Inputs) -> Iterator[dict[str, Any]]:
+    """Batches, with what their rows are read from."""
+    for rows, batch in reader.batches(inputs):
+        yield {**batch, "texts": [inputs[row] for row in rows]}
 
 
 def open_model(reader: Reader, location: Location, tasks: Sequence[Task]) -> tuple[Reader, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -60,3 +61,17 @@ class Reader(Protocol):
 
     def features(self, inputs: Inputs) -> np.ndarray:
         """(N, D) float32: the frozen base's features of the inputs, from which the gates' probe names the task."""
+
+
+def told(model: Any, texts: Iterable[Any]) -> AbstractContextManager[None]:
+    """In this block the model knows the texts of its batch, if it is a mixture that retrieves experts by them.
+
+    Args:
+        model: any; where `route` has said who answers, that holds.
+        texts: of the rows of the batch, in order.
+    """
+    handle = getattr(model, "coterie", None)
+    if handle is None or handle.spec.routing.score != "retrieval" or handle.routed:
+        return nullcontext()
+    standing: AbstractContextManager[None] = handle.retrieve([str(text) for text in texts])
+    return standing

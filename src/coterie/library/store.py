@@ -21,7 +21,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from filelock import FileLock
@@ -45,6 +45,9 @@ from .combine import CombineReport, combine
 from .encoder import Encoder, account, embeddings, texts_of
 from .expert import FACTS, Expert, describe, hash_of
 from .index import Index
+
+if TYPE_CHECKING:
+    from .vectors import Loss
 
 LOCK = ".lock"
 
@@ -563,7 +566,14 @@ class Library:
         self._indexes.clear()
 
     def train_gates(
-        self, name: str, model: Any, batches: Iterable[Batch], *, steps: int = 100, learning_rate: float = 5e-3
+        self,
+        name: str,
+        model: Any,
+        batches: Iterable[Any],
+        *,
+        steps: int = 100,
+        learning_rate: float = 5e-3,
+        loss: Loss | None = None,
     ) -> None:
         """Train an expert's gates on its own data, for PHATGOOSE, and keep them as its `gate` statistics.
 
@@ -573,6 +583,7 @@ class Library:
             batches: keyword arguments of its forward, with labels; where they are fewer than steps, they come again.
             steps: of AdamW, everything but the gates frozen.
             learning_rate: after a warm-up of 6% of the steps.
+            loss: (model, batch) -> the batch's mean loss, of batches in any form; None: the model's own.
 
         Raises:
             CoterieError: no batches, no labels, or a model that lacks layers (or the head) of the expert's base.
@@ -580,7 +591,7 @@ class Library:
         from .vectors import train_gates
 
         self._require_writable()
-        gates = train_gates(model, self[name], batches, steps, learning_rate)
+        gates = train_gates(model, self[name], batches, steps, learning_rate, loss)
         self.put(name, "gate", gates, steps=str(steps), learning_rate=str(learning_rate))
 
     def average_activation(self, name: str, model: Any, batches: Iterable[Batch]) -> None:

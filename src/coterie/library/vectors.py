@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,10 +23,12 @@ if TYPE_CHECKING:
     from .expert import Expert
 
 WARMUP = 0.06
+Loss = Callable[[Any, Any], Tensor]
+"""(model, batch) -> () the mean loss of the batch, with gradients."""
 
 
 def train_gates(
-    model: Any, expert: Expert, batches: Iterable[Batch], steps: int, learning_rate: float
+    model: Any, expert: Expert, batches: Iterable[Any], steps: int, learning_rate: float, loss: Loss | None = None
 ) -> dict[str, Tensor]:
     """Train `v` of `y = W x + B A x sigmoid(v . x)` for each layer of an expert, from 0, everything else frozen.
 
@@ -40,6 +42,7 @@ def train_gates(
             than steps, they come again.
         steps: of the optimiser.
         learning_rate: its rate.
+        loss: of a batch, which is then handed to it as it is; None: the model's own.
 
     Returns:
         Module path, as of the expert -> (in,) float32.
@@ -52,10 +55,10 @@ def train_gates(
     optimiser = torch.optim.AdamW(gates, learning_rate, weight_decay=0.0)
     schedule = get_constant_schedule_with_warmup(optimiser, math.ceil(WARMUP * steps))
     for _, batch in zip(range(steps), _again(batches, expert), strict=False):
-        loss = mixture(**_moved(batch, mixture)).loss
-        if loss is None:
+        found = loss(mixture, batch) if loss else mixture(**_moved(batch, mixture)).loss
+        if found is None:
             raise CoterieError("the model gives no loss", f"gates of {expert.name!r}", "give batches with labels")
-        loss.backward()
+        found.backward()
         optimiser.step()
         schedule.step()
         optimiser.zero_grad()
@@ -115,7 +118,7 @@ def _alone(model: Any, expert: Expert) -> tuple[Any, dict[str, Any]]:
     return mixture, {path: mixture.get_submodule(at) for path, at in found.items()}
 
 
-def _again(batches: Iterable[Batch], expert: Expert) -> Iterator[Batch]:
+def _again(batches: Iterable[Any], expert: Expert) -> Iterator[Any]:
     """Batch after batch, from the first again after the last."""
     while True:
         batch = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,12 +33,13 @@ def assemble(
 
 def lorahub(
     mixture: Any,
-    batches: Sequence[Mapping[str, Tensor]],
+    batches: Sequence[Any],
     *,
     budget: int = 40,
     bound: float = 1.5,
     penalty: float = 0.05,
     seed: int = 0,
+    loss: Callable[[Any, Any], Tensor] | None = None,
 ) -> Any:
     """The mixture with weights that suit a few examples; what is given stays as it is.
 
@@ -53,6 +54,7 @@ def lorahub(
         bound: on a weight's magnitude.
         penalty: on the weights' mean magnitude.
         seed: of the search.
+        loss: (model, batch) -> the mean loss of a batch in any form that has a length; None: the model's own.
 
     Returns:
         The mixture in eval mode; its weights are `model.coterie.spec.parameters["weights"]`.
@@ -64,33 +66,34 @@ def lorahub(
     spec = mixture.coterie.spec
     if spec.method != "lorahub":
         raise CoterieError(f"is a mixture of {spec.method}", "coterie.lorahub", "build one with the method lorahub")
-    if not batches or any("labels" not in batch for batch in batches):
+    if not batches or (loss is None and any("labels" not in batch for batch in batches)):
         raise CoterieError("there is a batch without labels, or none at all", "batches", "give examples with labels")
     if budget < 1 or bound <= 0 or penalty < 0:
         raise CoterieError(
             f"budget is {budget}, bound {bound}, penalty {penalty}", "coterie.lorahub", "take positive numbers"
         )
-    weights = _search(_loss(mixture, batches), len(spec.experts), budget, bound, penalty, seed)
+    weights = _search(_mean_loss(mixture, batches, loss), len(spec.experts), budget, bound, penalty, seed)
     return _with_weights(mixture, weights)
 
 
-def _loss(mixture: Any, batches: Sequence[Mapping[str, Tensor]]) -> Any:
+def _mean_loss(mixture: Any, batches: Sequence[Any], of: Callable[[Any, Any], Tensor] | None) -> Any:
     """Weights to the mean loss of the examples."""
     import torch
 
     names = mixture.coterie.expert_names
 
-    def loss(weights: Sequence[float]) -> float:
+    def mean(weights: Sequence[float]) -> float:
         before, rows, total = mixture.training, 0, 0.0
         mixture.eval()
         with torch.no_grad(), mixture.coterie.route(dict(zip(names, map(float, weights), strict=True))):
             for batch in batches:
-                total += len(batch["labels"]) * float(mixture(**batch).loss)
-                rows += len(batch["labels"])
+                size = len(batch if of else batch["labels"])
+                total += size * float(of(mixture, batch) if of else mixture(**batch).loss)
+                rows += size
         mixture.train(before)
         return total / rows
 
-    return loss
+    return mean
 
 
 def _search(loss: Any, experts: int, budget: int, bound: float, penalty: float, seed: int) -> list[float]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,6 +67,17 @@ class Context:
                 del self._calls[thread]
             else:
                 self._calls[thread] = before
+
+    def tell_of_part(self, losses: Iterable[str]) -> None:
+        """Warn, once, that a part of the model trains by itself, so that its routers' losses are in none."""
+        if self.told or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return
+        self.told = True
+        warnings.warn(
+            f"a part of the mixture was called and not the whole, so that the losses of its routers "
+            f"({', '.join(losses)}) are not added: call the whole model, or wrap this part as a mixture",
+            stacklevel=2,
+        )
 
     def enter(self, call: Call) -> None:
         """As `during`, for hooks: until this thread leaves."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Callable
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -13,17 +12,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..errors import CoterieError
 from ..routing.call import Call, repeated
 from ..routing.gumbel import Gumbel
 from ..routing.known import Skills, Task
-from ..routing.pooling import masked_mean
 from ..routing.prepass import freeze
-from ..routing.router import SCORES
 from .context import Context
+from .following import Following, carry
+from .kinds import check_routing, is_causal, is_seq2seq
+from .losses import check_classes, example_losses, reward
 from .pooled import rows_of, signals
+from .tokens import by_example, content_hash, counting, frames, mean_of, unless_all
 
 INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values")
 # Declared beside the model's own arguments, so that `generate` and the Trainer let them through.
@@ -31,38 +31,6 @@ ARGUMENTS = {
     "task_ids": "(batch,) int64, each example's task",
     "prompt_lengths": "(batch,) int64, tokens of each example's prompt, padding not counted",
 }
-
-
-def check_routing(model: Any, routing: Any) -> None:
-    """Refuse routing that a model cannot have.
-
-    Args:
-        model: the model, or its skeleton.
-        routing: of the mixture to be.
-
-    Raises:
-        CoterieError: routers would look ahead, or read what an encoder-decoder has two of.
-    """
-    if routing.couples and (is_causal(model) or (routing.combine == "slots" and _is_seq2seq(model))):
-        raise CoterieError(
-            f"its routers would look ahead in a {type(model).__name__}, which writes token after token",
-            "pool" if routing.combine != "slots" else "method",
-            'use pool "prompt" or "segment": parameters={"pool": "prompt"}'
-            if routing.combine != "slots"
-            else "use it in encoders alone",
-        )
-    by_rows = SCORES[routing.score].reads == "rows" or routing.score == "vectors"
-    by_rows = by_rows and routing.pool not in ("token", "task")
-    if by_rows and _is_seq2seq(model):
-        raise CoterieError(
-            "its scores read each layer's own input, and a decoder's routers could read the encoder's alone",
-            "pool",
-            'use pool "token"',
-        )
-    if routing.decides_before and _is_seq2seq(model):
-        raise CoterieError(
-            "its router reads the hidden states of one stack, and an encoder-decoder has two", "method", "use smear"
-        )
 
 
 class Forward:
@@ -82,11 +50,12 @@ class Forward:
         modules = list(model.modules())
         self._annealed = [module for module in modules if isinstance(module, Gumbel)]
         self._tasks = next((module.tasks for module in modules if isinstance(module, (Skills, Task))), None)
+        model._replicate_for_data_parallel = _no_data_parallel
         self._hooks = [
             model.register_forward_pre_hook(self._before_fused, with_kwargs=True),
             model.register_forward_hook(self._after_fused, with_kwargs=True, always_call=True),
         ]
-        self._encoder = model.get_encoder() if _is_seq2seq(model) else None
+        self._encoder = model.get_encoder() if is_seq2seq(model) else None
         if self._encoder is not None:
             self._hooks += [
                 self._encoder.register_forward_pre_hook(self._before_encoder, with_kwargs=True),
@@ -97,7 +66,7 @@ class Forward:
         """Give the model its own forward back."""
         for hook in self._hooks:
             hook.remove()
-        del self.model.forward
+        del self.model.forward, self.model._replicate_for_data_parallel
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -139,7 +108,7 @@ class Forward:
         for select in self._annealed:
             select.step += 1
         if not torch.compiler.is_compiling():
-            _carry(self.model, self.context)
+            carry(self.model, self.context)
 
     @property
     def _decided(self) -> bool:
@@ -224,9 +193,9 @@ class Forward:
         if isinstance(labels, Tensor):
             check_classes(self.model, labels)
         tokens = main.shape[1] if main.ndim > 1 else 1
-        mask = _counting(inputs.get("attention_mask"), inputs.get("past_key_values"), tokens)
+        mask = counting(inputs.get("attention_mask"), inputs.get("past_key_values"), tokens)
         if self._encoder is not None:
-            call.valid = None if mask is None else _unless_all(mask)
+            call.valid = None if mask is None else unless_all(mask)
             own = inputs.get("decoder_attention_mask")
             if isinstance(own, Tensor) and decoded is not None:
                 call.decoder_valid = own[:, -decoded.shape[1] :].bool()
@@ -235,7 +204,8 @@ class Forward:
             if encoded is not None:
                 call.states, call.encoder = encoded[0], mean_of(encoded[0], call.valid)
         elif mask is not None:
-            call.valid = _unless_all(mask[:, -tokens:])
+            speech = inputs.get("input_values") is main and hasattr(self.model, "_get_feat_extract_output_lengths")
+            call.valid = unless_all(frames(self.model, mask, tokens) if speech else mask[:, -tokens:])
         if self.causal and self.routing.pool in ("prompt", "segment") and not self._decided:
             self._prompt(call, inputs, main, prompt_lengths)
         elif self.causal and self.routing.score == "prepass" and not call.training:
@@ -263,7 +233,7 @@ class Forward:
     def _tasks_of(self, task_ids: Tensor | None, main: Tensor) -> Tensor | None:
         if task_ids is None:
             return None
-        tasks = _by_example("task_ids", task_ids, main)
+        tasks = by_example("task_ids", task_ids, main)
         if self._tasks is not None and not torch.compiler.is_compiling():
             low, high = tasks.min().item(), tasks.max().item()
             if low < 0 or high >= self._tasks:
@@ -283,7 +253,7 @@ class Forward:
             call.valid if call.valid is not None else torch.ones(main.shape[:2], dtype=torch.bool, device=main.device)
         )
         if lengths is not None:
-            call.prompt = valid & (valid.cumsum(1) <= _by_example("prompt_lengths", lengths, main)[:, None])
+            call.prompt = valid & (valid.cumsum(1) <= by_example("prompt_lengths", lengths, main)[:, None])
         elif isinstance(labels, Tensor):
             call.prompt = valid & ((labels != -100).cumsum(1) == 0)
             if self.routing.pool == "segment" and not bool(call.prompt.any()):
@@ -440,6 +410,16 @@ class Forward:
         logits.register_hook(tell)
 
 
+def _no_data_parallel() -> Any:
+    """Threads that share one model would share its calls."""
+    raise CoterieError(
+        "routers that know the whole call cannot run under torch's DataParallel, which the Trainer takes for several "
+        "GPUs in one process",
+        "DataParallel",
+        "start a process for each GPU (torchrun, accelerate launch), or show but one (CUDA_VISIBLE_DEVICES)",
+    )
+
+
 def _signal_layer(model: nn.Module, routing: Any) -> Any:
     """The mixture layer that a glob names; of several, the last."""
     glob = routing.score_options["layer"]
@@ -447,207 +427,3 @@ def _signal_layer(model: nn.Module, routing: Any) -> Any:
     if not found:
         raise CoterieError(f"no mixture layer matches {glob!r}", "layer", "see model.coterie.layers")
     return found[-1]
-
-
-class Following:
-    """A method of a KV cache that what was decided for its rows goes through as well, and the twin, its cache of the
-    pass without experts.
-    """
-
-    ROWS = ("reorder_cache", "batch_repeat_interleave", "batch_select_indices")
-
-    def __init__(self, cache: Any, kept: dict[Any, Any], name: str):
-        self.cache, self.kept, self.name = cache, kept, name
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        twin, rows = self.kept.get(-2), args[0] if args else next(iter(kwargs.values()), None)
-        if twin is not None:
-            getattr(type(twin), self.name)(twin, *args, **kwargs)
-        if self.name in self.ROWS:
-            for name, decided in self.kept.items():
-                if isinstance(decided, Tensor):
-                    self.kept[name] = self._of(rows, decided)
-                elif isinstance(decided, list):  # the experts that a decision merged
-                    self.kept[name] = [self._of(rows, part) for part in decided]
-        return getattr(type(self.cache), self.name)(self.cache, *args, **kwargs)
-
-    def _of(self, rows: Any, decided: Tensor) -> Tensor:
-        if self.name == "batch_repeat_interleave":
-            return decided.repeat_interleave(rows, 0)
-        return decided[torch.as_tensor(rows, device=decided.device)]
-
-    @classmethod
-    def let(cls, cache: Any, kept: dict[Any, Any]) -> None:
-        """Let what is kept beside a cache follow whatever is done to it."""
-        for name in (*cls.ROWS, "crop", "reset"):
-            if hasattr(cache, name):
-                setattr(cache, name, cls(cache, kept, name))
-
-
-class _Carried:
-    """A checkpointing function whose recomputation sees the call that it belongs to."""
-
-    def __init__(self, context: Context, run: Callable[..., Any]):
-        self.context, self.run = context, run
-
-    def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
-        call = self.context.call
-        if call is None:
-            return self.run(function, *args)
-
-        def again(*inputs: Any) -> Any:
-            with self.context.during(call):
-                return function(*inputs)
-
-        return self.run(again, *args)
-
-
-def _carry(model: nn.Module, context: Context) -> None:
-    """Let every checkpointed block take its call along."""
-    for module in model.modules():
-        run = module.__dict__.get("_gradient_checkpointing_func")
-        if run is not None and not isinstance(run, _Carried):
-            module._gradient_checkpointing_func = _Carried(context, run)  # type: ignore[assignment]
-
-
-def _counting(mask: Any, cache: Any, tokens: int) -> Tensor | None:
-    """(batch, tokens at least) bool, the tokens that count under a model's attention mask; None where it says nothing.
-
-    A mask (batch, 1, tokens, keys), as `generate` makes for caches of a fixed size, lets a token see itself if it
-    counts. A dictionary holds such masks of several kinds of layers.
-    """
-    if isinstance(mask, dict):
-        mask = next((each for each in mask.values() if isinstance(each, Tensor)), None)
-    if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
-        return None
-    if mask.ndim == 4:
-        past = 0 if cache is None else int(cache.get_seq_length())
-        mask = mask[:, 0, -tokens:].diagonal(past, dim1=1, dim2=2)
-        return mask if mask.dtype == torch.bool else mask == 0
-    return mask.bool()
-
-
-def mean_of(states: Tensor, valid: Tensor | None) -> Tensor:
-    """The mean of an encoder's states (batch, tokens, d) that count; of all, where the mask is of other tokens."""
-    return masked_mean(states, valid if valid is not None and valid.shape == states.shape[:2] else None)
-
-
-def check_classes(model: Any, labels: Tensor) -> None:
-    """Refuse labels that no class has, which would end in a bare index error.
-
-    Raises:
-        CoterieError: there are such.
-    """
-    classes = model.config.num_labels if type(model).__name__.endswith("Classification") else 1
-    # on a GPU, the look would wait for the device
-    if classes < 2 or labels.is_floating_point() or not labels.is_cpu or torch.compiler.is_compiling():
-        return
-    wrong = labels[(labels != -100) & ((labels < 0) | (labels >= classes))]
-    if len(wrong):
-        raise CoterieError(
-            f"label {int(wrong[0])} is none of {classes} classes", "labels", f"number them from 0 to {classes - 1}"
-        )
-
-
-def _by_example(name: str, values: Any, main: Tensor) -> Tensor:
-    """(batch,) int64, a number for each example.
-
-    Raises:
-        CoterieError: another shape or dtype.
-    """
-    values = torch.as_tensor(values, device=main.device)
-    if values.shape != (len(main),) or values.is_floating_point():
-        raise CoterieError(
-            f"{name} has shape {tuple(values.shape)} and dtype {values.dtype}", "forward", f"give ({len(main)},) int64"
-        )
-    return values.long()
-
-
-def _is_seq2seq(model: Any) -> bool:
-    config = getattr(model, "config", None)
-    return bool(getattr(config, "is_encoder_decoder", False)) and hasattr(model, "get_encoder")
-
-
-def _unless_all(valid: Tensor) -> Tensor | None:
-    """None where all count, as far as that can be told without waiting for a device."""
-    told = valid.device.type == "cpu" and not torch.compiler.is_compiling() and bool(valid.all())
-    return None if told else valid
-
-
-def decoder_path(model: Any) -> str | None:
-    """The path of an encoder-decoder's decoder; None for other models."""
-    if not _is_seq2seq(model) or not hasattr(model, "get_decoder"):
-        return None
-    decoder = model.get_decoder()
-    return next((name for name, module in model.named_modules() if module is decoder), None)
-
-
-def is_causal(model: Any) -> bool:
-    """Whether each token's output may depend on no later one: a model that writes, or the decoder that it is made of.
-
-    A classifier on a decoder is none: its one answer comes after the last token.
-    """
-    if _is_seq2seq(model):
-        return False
-    able = getattr(model, "can_generate", None)
-    if able and able():
-        return True
-    from transformers.models.auto import modeling_auto as names
-
-    config = getattr(model, "config", None)
-    kind = str(getattr(config, "model_type", ""))
-    bare = names.MODEL_MAPPING_NAMES.get(kind)
-    bare = (bare,) if isinstance(bare, str) else bare or ()
-    writes = kind in names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    both_ways = kind in names.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
-    return type(model).__name__ in bare and writes and not both_ways
-
-
-def content_hash(values: Tensor, valid: Tensor | None) -> Tensor:
-    """(batch,) int64 hash of each example's content; padding does not enter.
-
-    Args:
-        values: (batch, tokens) ids, or (batch, ...) numbers.
-        valid: (batch, tokens) bool, which tokens count; None for all.
-    """
-    flat = values.flatten(1)
-    flat = flat.float().contiguous().view(torch.int32).long() if flat.is_floating_point() else flat.long()
-    if valid is None or valid.shape != flat.shape:
-        valid = torch.ones_like(flat, dtype=torch.bool)
-    place = valid.long().cumsum(1)
-    mixed = (flat + 0x51ED27) * (place * 2 + 1) * 0x9E3779B1
-    mixed = (mixed ^ (mixed >> 31)) * 0x2545F4914F6CDD1D
-    return (mixed * valid).sum(1)
-
-
-def example_losses(logits: Tensor, labels: Tensor, causal: bool, several: bool = False) -> Tensor:
-    """(batch,) float32, each example's own loss, from the logits and labels of the usual heads.
-
-    Args:
-        logits, labels: of a call.
-        causal: whether labels are of the next token.
-        several: whether an example may have several classes.
-    """
-    if causal:
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    logits = logits.float()
-    if several:
-        return F.binary_cross_entropy_with_logits(logits, labels.to(logits), reduction="none").mean(1)
-    if labels.is_floating_point():
-        return F.mse_loss(logits.view_as(labels), labels, reduction="none").flatten(1).mean(1)
-    if logits.ndim == 2:
-        return F.cross_entropy(logits, labels, reduction="none")
-    each = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=-100)
-    return each.sum(1) / (labels != -100).sum(1).clamp(min=1)
-
-
-def reward(call: Call, losses: Tensor, weights: dict[str, float]) -> dict[str, Tensor]:
-    """REINFORCE with a learned baseline; every layer's choices share the call's reward (minus the example's loss)."""
-    gain = -losses.detach()
-    policy, entropy, value = [], [], []
-    for each in call.policies:
-        policy.append(-(each.log_probability * (gain - each.value.detach())).mean())
-        entropy.append(-each.entropy.mean())
-        value.append(F.huber_loss(each.value, gain))
-    means = {"policy": policy, "policy_entropy": entropy, "value": value}
-    return {name: weights[name] * torch.stack(each).mean() for name, each in means.items() if name in weights}

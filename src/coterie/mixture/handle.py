@@ -14,8 +14,9 @@ from ..errors import CoterieError
 from ..routing.router import SELECTIONS
 from . import native
 from .context import Context
-from .forward import Forward, decoder_path
+from .forward import Forward
 from .heads import PerExpert
+from .kinds import decoder_path
 from .layer import is_mixture
 from .paths import PATHS, Path
 from .siblings import Siblings
@@ -138,6 +139,11 @@ class Handle:
                 raise CoterieError(f"expert {name!r} brought no {path!r}", "use_head", "select an expert that did")
         self._select(index)
         return _Standing(lambda: self._select(previous))
+
+    @property
+    def routed(self) -> bool:
+        """Whether `route` or `retrieve` says which experts answer."""
+        return self._context.weights is not None or self._context.gates is not None
 
     def route(self, to: str | Sequence[str] | dict[str, float] | torch.Tensor | None) -> _Standing:
         """Say which experts answer, in place of the layers' routers; heads stay as `use_head` has them.

@@ -105,7 +105,9 @@ class _Mixture(nn.Module):
             elif context.gates is not None:
                 decision = context.given(read.shape[:-1], bank.shape.experts, flat.device)
             elif self.router.score.reads == "input":
-                decision = self.router.decide(flat, self._valid(x), context.call, self.index)
+                if call is None and self.training and self.routing.losses:
+                    context.tell_of_part(self.routing.losses)
+                decision = self.router.decide(flat, self._valid(x), call, self.index)
             else:
                 decision = self.router(F.linear(flat, bank.score_rows()).unflatten(-1, (bank.experts, -1)))
             if context.recorders:

@@ -14,8 +14,8 @@ from ..experts.masked import shape_from_dict
 from ..routing.prepass import Classifier
 from ..routing.retrieval import Embeddings
 from ..routing.router import Routing
-from .forward import decoder_path
 from .heads import per_expert
+from .kinds import decoder_path
 from .layer import add_experts, replace, route
 
 FORMAT = 1

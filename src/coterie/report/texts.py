@@ -69,7 +69,8 @@ def read_texts(given: Sequence[str], experts: Sequence[str]) -> list[Texts]:
 
 
 def batches(model: Any, tokenizer: Any, lines: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """What the model is called with: padded `input_ids`, their `attention_mask`, and what else the tokenizer gives.
+    """What the model is called with: padded `input_ids`, their `attention_mask`, and what else the tokenizer gives; and
+    the rows' `texts`.
 
     An encoder-decoder model gets the start of an answer to decode from.
     """
@@ -83,7 +84,7 @@ def batches(model: Any, tokenizer: Any, lines: Sequence[str]) -> Iterator[dict[s
         if model.config.is_encoder_decoder:
             begin = model.config.decoder_start_token_id
             batch["decoder_input_ids"] = torch.full((len(batch["input_ids"]), 1), begin)
-        yield batch
+        yield {**batch, "texts": rows}
 
 
 def _is_file(name: str) -> bool:

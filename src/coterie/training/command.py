@@ -33,7 +33,11 @@ def train(
     from .train import train as run
 
     logging.disable_progress_bar()
-    report = run(recipe, out, resume=resume, force=force, token=token, quiet=as_json)
+    try:
+        report = run(recipe, out, resume=resume, force=force, token=token, quiet=as_json)
+    except KeyboardInterrupt:
+        typer.echo(f"coterie: stopped before {out} was complete; --resume goes on from its last checkpoint", err=True)
+        raise typer.Exit(130) from None
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=1, ensure_ascii=False))
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 
 from ..building.directory import whole_directory
-from ..building.finish import copy_inputs, versions
+from ..building.finish import INPUTS, copy_inputs, versions
 from ..building.journal import JOURNAL
 from ..errors import CoterieError
 from ..methods import get
@@ -33,7 +34,10 @@ AUTOS = {
     "image-classification": "AutoModelForImageClassification",
 }
 # What TrainingArguments default to for training all of a model suits no low-rank expert.
-USUAL = {"learning_rate": 5e-4, "save_strategy": "epoch", "logging_steps": 10, "report_to": "none"}
+USUAL = {
+    "learning_rate": 5e-4, "save_strategy": "epoch", "logging_steps": 10, "report_to": "none",
+    "dataloader_pin_memory": torch.cuda.is_available(),
+}  # fmt: skip
 
 
 @dataclass
@@ -45,6 +49,7 @@ class TrainReport:
         steps: optimiser's steps, of all runs.
         metrics: on `validation` (where there is one): of all rows, and of each task under `TASK/...`.
         load: task (or "all") -> each expert's share of the decisions' weight, mean over layers, in the experts' order.
+        experts: their names.
         parameters: trained, and of the whole mixture.
     """
 
@@ -52,6 +57,7 @@ class TrainReport:
     steps: int
     metrics: dict[str, float]
     load: dict[str, list[float]]
+    experts: list[str]
     parameters: dict[str, int]
 
     def to_dict(self) -> dict[str, Any]:
@@ -70,7 +76,8 @@ class TrainReport:
         for name, value in self.metrics.items():
             table.add_row(name, f"{value:.4g}")
         for task, shares in self.load.items():
-            table.add_row(f"load, {task}", "  ".join(f"{share:.2f}" for share in shares))
+            named = (f"{name} {share:.2f}" for name, share in zip(self.experts, shares, strict=True))
+            table.add_row(f"load, {task}", ", ".join(named))
         return table
 
 
@@ -117,6 +124,8 @@ def train(
         with whole_directory(out, force, sources=[base.path], identity=identity, resume=resume) as folder:
             journal = folder / JOURNAL
             if not journal.exists():
+                if resume:
+                    warnings.warn(f"nothing is left of a run for {out}: it starts anew", stacklevel=2)
                 journal.write_text(json.dumps(identity) + "\n", encoding="utf-8")
             try:
                 return _run(given, rows, base, folder, out, token, quiet)
@@ -174,6 +183,7 @@ def _run(
         trainer.state.global_step,
         metrics,
         load,
+        model.coterie.expert_names,
         {
             "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "all": sum(p.numel() for p in model.parameters()),
@@ -431,7 +441,7 @@ def _write(
         logs.rename(folder / "runs")
     shutil.rmtree(folder / "run", ignore_errors=True)
     model.save_pretrained(folder)
-    copy_inputs(base.path, folder)
+    copy_inputs(base.path, folder, INPUTS)
     processor.save_pretrained(folder)
     recipe = given.model_dump(mode="json", exclude_none=True)
     spec = model.coterie.spec
