@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,40 @@ def test_removing_equals_a_build_of_the_rest(method: str, sources: dict[str, str
     rest = build(sources, method, [n for n in names if n != "narrow"], tmp_path / "rest")
     coterie.remove_experts(whole, ["narrow"], tmp_path / "got")
     alike(tmp_path / "got", rest, exact=method != "arrow_factors")
+
+
+@pytest.mark.parametrize("method", ["phatgoose", "average_activation", "retriever", "nearest_example", "logo"])
+def test_what_routers_hold_of_the_experts_goes_along(method: str, tmp_path: Path) -> None:
+    """Added to, and taken from, a mixture whose sources are gone, but for what is added."""
+    sys.path.insert(0, str(Path(__file__).parent / "methods"))
+    import routed
+
+    made = routed.fill(tmp_path, "bert")
+    for kind in ("task", "examples"):
+        made.library.embed(routed.encoder, kind)
+    for number, name in enumerate(routed.NAMES):
+        noise = torch.Generator().manual_seed(number)
+        for kind in ("gate", "activation"):
+            layers = made.library[name].layers.items()
+            made.library.put(name, kind, {p: torch.randn(layer.shape[1], generator=noise) for p, layer in layers})
+    sources = {name: f"{made.library.path}#{name}" for name in routed.NAMES}
+
+    def build(names: list[str], out: Path) -> Path:
+        coterie.build(method=method, base=str(made.base), experts={n: sources[n] for n in names}, out=out)
+        return out
+
+    first, second, third = routed.NAMES
+    wanted, fewer = build([first, second, third], tmp_path / "whole"), build([first, third], tmp_path / "fewer")
+    two = build([first, second], tmp_path / "two")
+    made.library.remove(first)
+    made.library.remove(second)
+    coterie.add_experts(two, {third: sources[third]}, tmp_path / "added")
+    coterie.remove_experts(wanted, [second], tmp_path / "removed")
+    for got, want in (("added", wanted), ("removed", fewer)):
+        a, b = tensors(tmp_path / got), tensors(want)
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in a)
+        assert (tmp_path / got / "config.json").read_bytes() == (want / "config.json").read_bytes()
 
 
 def test_no_source_of_a_kept_expert_is_read(sources: dict[str, str], tmp_path: Path) -> None:

@@ -9,11 +9,11 @@ import sys
 
 import pytest
 import torch
-from drawer import library
 from safetensors.torch import load_file, save_file
 
 import coterie
 from coterie.cli import main
+from drawer import library
 
 
 @pytest.fixture
@@ -148,6 +148,15 @@ def test_a_changed_expert_is_no_source(place):
     file.write_text(file.read_text().replace('"scale": 1.5', '"scale": 9.5'))
     with pytest.raises(coterie.CoterieError, match="was changed since it was added"):
         found.statistics("task", "gram")
+
+
+def test_a_recipe_takes_no_tampered_adapter(place, tmp_path):
+    file = coterie.library.open("lib")["task"].path / "adapter_model.safetensors"
+    changed(file, lambda content: content.__setitem__(-1, content[-1] ^ 1))
+    recipe = {"method": "arrow", "base": str(place / "base"), "experts": {n: f"lib#{n}" for n in ("task", "general")}}
+    with pytest.raises(coterie.CoterieError, match="was changed since it was added to the library"):
+        coterie.build(recipe, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def copied(place, name="bad"):

@@ -90,8 +90,6 @@ class _Before:
         mixture = get(self.spec.method).assemble(**self.spec.parameters)
         if not hasattr(mixture.experts, "gate_rank"):
             raise CoterieError(f"experts of {self.spec.method} are parts of one delta that all share", self.where, anew)
-        if mixture.statistics is not None:
-            raise CoterieError(f"its routers hold {mixture.statistics} statistics of all experts", self.where, anew)
         averaged = [n for n, f in self.report["others"].items() if f["policy"] == "average" and f["changed_by"]]
         if averaged:
             raise CoterieError(f"it holds the average of all experts at {averaged[0]!r}", self.where, anew)

@@ -114,6 +114,15 @@ class KeptExpert(ExpertSource):
             part.gate = self._read(f"{path}.bank.gate").view(len(shape.experts), shape.gate_rank, -1)[at]
         return part
 
+    def vector(self, path: str) -> torch.Tensor:
+        """(d_in,), what a layer's router holds of its data."""
+        return self._read(f"{path}.router.score.weight")[self.kept.spec.layers[path].experts.index(self.index)]
+
+    def embeddings(self) -> torch.Tensor:
+        """(n, width), of its texts, which the mixture retrieves by."""
+        counts = self.kept.spec.routing.score_options["counts"]
+        return self._read("coterie_router.weight").split(counts)[self.index]
+
     def _disk(self, name: str) -> str:
         return next(iter(self.skeleton.on_disk({name: torch.empty(0)})))
 

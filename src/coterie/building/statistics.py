@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,10 +13,11 @@ from torch import Tensor
 
 from ..errors import CoterieError
 from ..mixture.layer import widths
-from ..sources.manifest import ADAPTER
+from ..sources.manifest import ADAPTER, hash_of
 from ..sources.names import Skeleton
 from ..sources.statistics import file_of, read
 from .inputs import Inputs
+from .kept import KeptExpert
 
 HOW = {
     "gate": "train it: `coterie library train-gates`, or library.train_gates",
@@ -36,7 +36,7 @@ class RouterStatistics:
     Attributes:
         kind: gate, activation; or task, examples, description (embeddings of texts).
         experts: their names.
-        files: of each expert.
+        files: of each expert; or the expert itself, where a mixture holds it and its statistics.
         names: of each expert, module path in memory -> name in its file.
         digests: of each file's tensors.
         options: of embeddings: by what encoder, how wide, and how many each expert has.
@@ -44,7 +44,7 @@ class RouterStatistics:
 
     kind: str
     experts: list[str]
-    files: list[Path] = field(default_factory=list)
+    files: list[Path | KeptExpert] = field(default_factory=list)
     names: list[dict[str, str]] = field(default_factory=list)
     digests: list[str] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
@@ -65,8 +65,19 @@ class RouterStatistics:
         return torch.cat([self._tensor(i, "embedding") for i in range(len(self.files))])
 
     def _tensor(self, expert: int, name: str) -> Tensor:
-        with safe_open(self.files[expert], framework="pt") as opened:
+        file = self.files[expert]
+        if isinstance(file, KeptExpert):
+            return (file.embeddings() if name == "embedding" else file.vector(name)).float()
+        with safe_open(file, framework="pt") as opened:
             return opened.get_tensor(name).float()
+
+    def keep(self, expert: KeptExpert) -> None:
+        """Take an expert's statistics as a mixture holds them."""
+        spec = expert.kept.spec
+        self.files.append(expert)
+        self.names.append({path: path for path, shape in spec.layers.items() if expert.index in shape.experts})
+        if counts := spec.routing.score_options.get("counts"):
+            self.options.setdefault("counts", []).append(counts[expert.index])
 
 
 def find(kind: str, inputs: Inputs, layers: Sequence[str]) -> RouterStatistics:
@@ -82,6 +93,11 @@ def find(kind: str, inputs: Inputs, layers: Sequence[str]) -> RouterStatistics:
     """
     found, encoders = RouterStatistics(kind, inputs.recipe.names), set()
     for expert in inputs.experts:
+        if isinstance(expert, KeptExpert):
+            found.keep(expert)
+            if "encoder" in (known := expert.kept.spec.routing.score_options):
+                encoders.add((known["encoder"], known["width"]))
+            continue
         where, given = f"expert {expert.name!r}", inputs.recipe.experts[expert.name].statistics
         file = Path(given) if given else file_of(Path(expert.location), kind)
         if not file.is_file():
@@ -93,7 +109,7 @@ def find(kind: str, inputs: Inputs, layers: Sequence[str]) -> RouterStatistics:
                 f"{file} holds statistics of kind {facts.get('kind')}, and these must be {kind}", where, HOW[kind]
             )
         weights, made_of = Path(expert.location) / ADAPTER[1], facts.get("weights")
-        if made_of and weights.is_file() and made_of != hashlib.sha256(weights.read_bytes()).hexdigest():
+        if made_of and weights.is_file() and made_of != hash_of(weights):
             raise CoterieError(f"its {kind!r} statistics were made of other weights ({file})", where, HOW[kind])
         found.files.append(file)
         found.digests.append(facts["digest"])

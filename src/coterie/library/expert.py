@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +17,7 @@ from ..sources.adapter import AdapterExpert
 from ..sources.checkpoint import Checkpoint
 from ..sources.delta import LowRank
 from ..sources.locate import Location
-from ..sources.manifest import ADAPTER, Entry, inside, span
+from ..sources.manifest import ADAPTER, Entry, hash_of, inside, span
 from . import statistics
 
 FACTS = "expert.json"
@@ -165,11 +164,3 @@ def describe(adapter: AdapterExpert) -> dict[str, Any]:
         "elsewhere": elsewhere,
         "saved": adapter.saved,
     }
-
-
-def hash_of(file: Path) -> str:
-    found = hashlib.sha256()
-    with file.open("rb") as opened:
-        while block := opened.read(1 << 20):
-            found.update(block)
-    return found.hexdigest()

@@ -39,11 +39,22 @@ from ..recipe import read_recipe
 from ..sources.adapter import AdapterExpert
 from ..sources.checkpoint import require_finite
 from ..sources.locate import PATTERNS, Location, locate
-from ..sources.manifest import ADAPTER, EXPERTS, MANIFEST, Base, Entry, Manifest, folder_of, inside, read_manifest
+from ..sources.manifest import (
+    ADAPTER,
+    EXPERTS,
+    MANIFEST,
+    Base,
+    Entry,
+    Manifest,
+    folder_of,
+    hash_of,
+    inside,
+    read_manifest,
+)
 from . import statistics
 from .combine import CombineReport, combine
 from .encoder import Encoder, account, embeddings, texts_of
-from .expert import FACTS, Expert, describe, hash_of
+from .expert import FACTS, Expert, describe
 from .index import Index
 
 if TYPE_CHECKING:

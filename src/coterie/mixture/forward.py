@@ -204,8 +204,9 @@ class Forward:
             if encoded is not None:
                 call.states, call.encoder = encoded[0], mean_of(encoded[0], call.valid)
         elif mask is not None:
+            mask = mask[:, -tokens:]
             speech = inputs.get("input_values") is main and hasattr(self.model, "_get_feat_extract_output_lengths")
-            call.valid = unless_all(frames(self.model, mask, tokens) if speech else mask[:, -tokens:])
+            call.valid = unless_all(frames(self.model, mask, tokens) if speech else mask)
         if self.causal and self.routing.pool in ("prompt", "segment") and not self._decided:
             self._prompt(call, inputs, main, prompt_lengths)
         elif self.causal and self.routing.score == "prepass" and not call.training:
@@ -214,7 +215,7 @@ class Forward:
         if self.routing.score == "hash" and encoded is not None:
             call.key = self._encoded_key(encoded, len(main))
         elif self.routing.score == "hash" and call.key is None:
-            call.key = content_hash(main, call.prompt if self.causal else call.valid)
+            call.key = content_hash(main, call.prompt if self.causal else mask)
             if call.kept is not None:
                 call.kept[-1] = call.key
         return call

@@ -103,13 +103,15 @@ def _why(error: Exception) -> str:
 
 def _of_library(library: str, name: str, token: str | None) -> Location:
     """The directory of an expert of a library; from the Hub nothing comes but the manifest and that directory."""
-    from .manifest import ADAPTER, EXPERTS, MANIFEST, folder_of, inside, read_manifest
+    from .manifest import ADAPTER, EXPERTS, MANIFEST, folder_of, hash_of, inside, read_manifest
 
     place = locate(library, token, [MANIFEST])
     entry = read_manifest(place).entry(name, f"library {library}")
     if place.revision is not None:
         locate(f"{place.id}@{place.revision}", token, [f"{EXPERTS}/{entry.folder}/*"])
     folder = folder_of(place, name, entry)
-    for file in ADAPTER:
-        inside(folder, file)
+    for name_of_file in ADAPTER:
+        file = inside(folder, name_of_file)
+        if hash_of(file) != entry.sha256.get(file.name):
+            raise CoterieError("was changed since it was added to the library", str(file), "add the expert again")
     return Location(folder, f"{library}#{name}", place.revision)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -145,6 +146,15 @@ def inside(folder: Path, name: str) -> Path:
     if not found.is_file():
         raise CoterieError("is missing", str(file), "fetch it again")
     return file
+
+
+def hash_of(file: Path) -> str:
+    """sha256 (hex) of a file."""
+    found = hashlib.sha256()
+    with file.open("rb") as opened:
+        while block := opened.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
 
 
 def span(numbers: Sequence[int]) -> str:
