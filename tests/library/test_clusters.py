@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import numpy as np
+import peft
 import pytest
 import torch
-from drawer import deltas, library, raw
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import coterie
 from coterie.cli import app
 from coterie.library.clusters import embeddings
-from zoo import make_adapter
+from drawer import deltas, library, raw
+from zoo import base_model, make_adapter
 
 GROUPS = [["a0", "b0", "c0"], ["a1", "b1"], ["a2"]]
 
@@ -90,6 +92,29 @@ def test_merges_are_means_of_deltas(grouped, tmp_path):
     assert {layer.rank for name in low for layer in low[name].layers.values()} == {2}
 
 
+def test_experts_are_trained_on_all_data_of_their_clusters(grouped, tmp_path):
+    """And a cluster of one keeps its expert."""
+    model = base_model("bert").eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    draw = torch.Generator().manual_seed(0)
+    data = {}
+    for label, name in enumerate(("a1", "b1")):
+        ids = torch.randint(4, 60, (4, 6), generator=draw)
+        data[name] = [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.full((4,), label)}]
+    made = coterie.library.train_clusters(
+        grouped, [["a1", "b1"], ["a2"]], tmp_path / "trained", model, data, steps=40, learning_rate=1e-2
+    )
+    assert list(made) == ["cluster 0", "cluster 1"] and not made.verify()
+    assert made["cluster 0"].entry.ranks == [4, 4] and made["cluster 0"].entry.targets == ["query", "value"]
+    kept, wanted = deltas(made["cluster 1"].path), deltas(grouped["a2"].path)
+    assert all(np.allclose(kept[path], wanted[path]) for path in wanted)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    tuned = peft.PeftModel.from_pretrained(copy.deepcopy(model), made["cluster 0"].path).eval()
+    for batches in data.values():
+        with torch.no_grad():
+            assert tuned(**batches[0]).loss < 0.7 * model(**batches[0]).loss
+
+
 def test_on_the_command_line(grouped, tmp_path):
     given = ["library", "cluster", str(grouped.path), "--clusters", "3", "--merge", str(tmp_path / "m"), "--json"]
     ran = CliRunner().invoke(app, given)
@@ -104,6 +129,10 @@ def test_refusals(grouped, tmp_path):
         ("keep is 0", lambda: coterie.library.cluster(grouped, 2, keep=0)),
         ("empty cluster", lambda: coterie.library.merge_clusters(grouped, [["a0"], []], tmp_path / "m")),
         ("a9", lambda: coterie.library.merge_clusters(grouped, [["a9"]], tmp_path / "m")),
+        (
+            "expert 'b1'.*it has no batches",
+            lambda: coterie.library.train_clusters(grouped, GROUPS[1:], tmp_path / "m", base_model("bert"), {"a1": []}),
+        ),
         ("exists already", lambda: coterie.library.merge_clusters(grouped, GROUPS, grouped.path)),
     ):
         with pytest.raises(coterie.CoterieError, match=match):

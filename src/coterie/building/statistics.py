@@ -149,4 +149,4 @@ def _in_memory(inputs: Inputs, path: str) -> str:
     """A module path of an expert's architecture, as it is in that of the mixture."""
     if not isinstance(inputs.skeleton, Skeleton):
         return path
-    return inputs.skeleton.in_memory(f"{path}.weight")[0].removesuffix(".weight")
+    return inputs.skeleton.layer_in_memory(path)

@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .clusters import cluster, merge_clusters
+    from .clusters import cluster, merge_clusters, train_clusters
     from .encoder import SentenceEncoder
     from .expert import Expert
     from .index import Index
@@ -23,6 +23,7 @@ _EXPORTS = {
     "known": "operations",
     "merge_clusters": "clusters",
     "open": "store",
+    "train_clusters": "clusters",
 }
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "known",
     "merge_clusters",
     "open",
+    "train_clusters",
 ]
 
 

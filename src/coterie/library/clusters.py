@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import get_cosine_schedule_with_warmup
 
 from ..building.directory import whole_directory
+from ..building.lora import write_adapter
 from ..errors import CoterieError
+from ..merging.statistics import moved
+from ..sources.names import Skeleton
+from ..training.wrap import MixtureConfig, wrap
 from .store import LOCK, Library, create, open
+from .vectors import WARMUP, Loss, again
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -22,7 +30,7 @@ def cluster(
     """Names of the experts of each cluster: model-based clustering (MBC, arXiv:2405.11157, section 3.2).
 
     KMeans (ten starts) on `embeddings`. The authors then train one expert for each cluster, on the data of all of its
-    tasks; `merge_clusters` needs no data.
+    tasks: `train_clusters`; `merge_clusters` needs no data.
 
     Args:
         library: of the experts.
@@ -102,24 +110,105 @@ def merge_clusters(
     Raises:
         CoterieError: an unknown name, an empty cluster, experts that cannot be added, or `out` exists.
     """
+
+    def fill(made: Library, cluster: str, names: Sequence[str], about: dict[str, Any]) -> None:
+        how: dict[str, Any] = {"rank": rank, "of": library, **about}
+        if len(names) == 1:
+            made.combine(cluster, "scale", names, factor=1.0, **how)
+        else:
+            made.combine(cluster, "add", names, scale=1 / len(names), **how)
+
+    return _library_of(library, clusters, out, fill)
+
+
+def train_clusters(
+    library: Library,
+    clusters: Sequence[Sequence[str]],
+    out: str | Path,
+    model: Any,
+    batches: Mapping[str, Iterable[Any]],
+    *,
+    rank: int | None = None,
+    steps: int = 1000,
+    learning_rate: float = 5e-4,
+    loss: Loss | None = None,
+    seed: int = 0,
+) -> Library:
+    """A new library with one expert for each cluster, trained on the data of all of its experts (MBC, section 3.2).
+
+    A fresh LoRA in every layer that any of them adapts, with alpha = rank; batches of the experts in turn; AdamW after
+    a warm-up over 6% of the steps, on a cosine to zero. A cluster of one keeps its expert as it is.
+
+    Args:
+        library: of the experts.
+        clusters: names of each one's experts, as of `cluster`.
+        out: the new library's directory; it appears when it is complete.
+        model: the base, with whatever head the loss needs; stays as it is.
+        batches: name of an expert -> batches of its data, as of `Library.train_gates`.
+        rank: of the new experts; default: the largest in the cluster.
+        steps: of each training.
+        learning_rate: its peak.
+        loss: (model, batch) -> the batch's mean loss; None: the model's own, of batches with labels.
+        seed: of the fresh experts.
+
+    Raises:
+        CoterieError: an unknown name, an empty cluster, an expert of a cluster without batches, or `out` exists.
+    """
+    lacking = [name for names in clusters if len(names) > 1 for name in names if name not in batches]
+    if lacking:
+        raise CoterieError("it has no batches", f"expert {lacking[0]!r}", "give some of its own data")
+
+    def fill(made: Library, cluster: str, names: Sequence[str], about: dict[str, Any]) -> None:
+        if len(names) == 1:
+            made.combine(cluster, "scale", names, factor=1.0, of=library, **about)
+            return
+        experts = [library[name] for name in names]
+        ranks = [layer.rank for expert in experts for layer in expert.layers.values()]
+        skeleton = Skeleton(type(model), model.config)
+        paths = {skeleton.layer_in_memory(path): None for expert in experts for path in expert.layers}
+        how = MixtureConfig(
+            method="single", experts=[cluster], parameters={"rank": rank or max(ranks)},
+            modules={"include": list(paths), "exclude": []}, also_train=[], seed=seed,
+        )  # fmt: skip
+        mixture = wrap(model, how)
+        data = [again(batches[name], name) for name in names]
+        weights = [p for p in mixture.parameters() if p.requires_grad]
+        optimiser = torch.optim.AdamW(weights, learning_rate, weight_decay=0.0)
+        schedule = get_cosine_schedule_with_warmup(optimiser, math.ceil(WARMUP * steps), steps)
+        for step in range(steps):
+            batch = next(data[step % len(data)])
+            found = loss(mixture, batch) if loss else mixture(**moved(batch, mixture)).loss
+            found.backward()
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            optimiser.step()
+            schedule.step()
+            optimiser.zero_grad()
+        with tempfile.TemporaryDirectory() as folder:
+            write_adapter(mixture.eval(), 0, made.base.source, Path(folder) / "adapter", False, None)
+            made.add(cluster, Path(folder) / "adapter", base=made.base.source, **about)
+
+    return _library_of(library, clusters, out, fill)
+
+
+def _library_of(
+    library: Library,
+    clusters: Sequence[Sequence[str]],
+    out: str | Path,
+    fill: Callable[[Library, str, Sequence[str], dict[str, Any]], None],
+) -> Library:
+    """A new library of the same base, whole or not at all, into which `fill` puts each cluster's expert."""
     if not clusters or not all(clusters):
-        raise CoterieError("there is an empty cluster", "merge_clusters", "name experts in each")
+        raise CoterieError("there is an empty cluster", str(out), "name experts in each")
     for name in (name for names in clusters for name in names):
         library[name]  # whatever is wrong shows before anything is written
     base = library.base
-    source = f"{base.id}@{base.revision}" if base.revision else base.id
     with whole_directory(Path(out), sources=[library.path]) as folder:
-        made = create(folder / "library", source)
+        made = create(folder / "library", base.source)
         if made.base.fingerprint != base.fingerprint:
-            raise CoterieError("is not the library's base any more", source, "restore it")
+            raise CoterieError("is not the library's base any more", base.source, "restore it")
         for number, names in enumerate(clusters):
             examples = [text for name in names for text in library[name].examples]
-            about = f"of {', '.join(names)}"
-            how: Mapping[str, Any] = {"rank": rank, "description": about, "examples": examples, "of": library}
-            if len(names) == 1:
-                made.combine(f"cluster {number}", "scale", names, factor=1.0, **how)
-            else:
-                made.combine(f"cluster {number}", "add", names, scale=1 / len(names), **how)
+            fill(made, f"cluster {number}", names, {"description": f"of {', '.join(names)}", "examples": examples})
         (made.path / LOCK).unlink(missing_ok=True)
         for each in list(made.path.iterdir()):
             each.rename(folder / each.name)

@@ -13,7 +13,7 @@ from transformers import get_constant_schedule_with_warmup
 
 from ..errors import CoterieError
 from ..experts.fresh import Fresh
-from ..merging.statistics import Batch, over_inputs
+from ..merging.statistics import Batch, moved, over_inputs
 from ..methods.registry import Mixture
 from ..routing.router import Routing
 from ..sources.names import Skeleton
@@ -54,8 +54,8 @@ def train_gates(
     gates = [layer.router.float().score.weight for layer in paths.values()]
     optimiser = torch.optim.AdamW(gates, learning_rate, weight_decay=0.0)
     schedule = get_constant_schedule_with_warmup(optimiser, math.ceil(WARMUP * steps))
-    for _, batch in zip(range(steps), _again(batches, expert), strict=False):
-        found = loss(mixture, batch) if loss else mixture(**_moved(batch, mixture)).loss
+    for _, batch in zip(range(steps), again(batches, expert.name), strict=False):
+        found = loss(mixture, batch) if loss else mixture(**moved(batch, mixture)).loss
         if found is None:
             raise CoterieError("the model gives no loss", f"gates of {expert.name!r}", "give batches with labels")
         found.backward()
@@ -114,11 +114,10 @@ def _alone(model: Any, expert: Expert) -> tuple[Any, dict[str, Any]]:
             )
         named[name].data = value.to(named[name])
     skeleton = Skeleton(type(model), model.config)
-    found = {path: skeleton.in_memory(f"{path}.weight")[0].removesuffix(".weight") for path in expert.layers}
-    return mixture, {path: mixture.get_submodule(at) for path, at in found.items()}
+    return mixture, {path: mixture.get_submodule(skeleton.layer_in_memory(path)) for path in expert.layers}
 
 
-def _again(batches: Iterable[Any], expert: Expert) -> Iterator[Any]:
+def again(batches: Iterable[Any], expert: str) -> Iterator[Any]:
     """Batch after batch, from the first again after the last."""
     while True:
         batch = None
@@ -127,11 +126,6 @@ def _again(batches: Iterable[Any], expert: Expert) -> Iterator[Any]:
         if batch is None:
             raise CoterieError(
                 "there are no batches, or fewer than steps and they come once",
-                f"gates of {expert.name!r}",
+                f"data of {expert!r}",
                 "give a list, or a DataLoader, of some of the expert's own data",
             )
-
-
-def _moved(batch: Batch, model: Any) -> dict[str, Tensor]:
-    device = next(model.parameters()).device
-    return {name: value.to(device) for name, value in batch.items()}

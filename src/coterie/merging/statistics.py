@@ -218,7 +218,7 @@ def over_inputs(
     try:
         with _evaluating(model), torch.no_grad():
             for batch in batches:
-                given = _moved(batch, model)
+                given = moved(batch, model)
                 masks.update({n: v.bool() for n, v in given.items() if n.endswith("attention_mask")})
                 model(**given)
     finally:
@@ -409,12 +409,13 @@ def _unpadded(x: Tensor, masks: Mapping[str, Tensor], first: str) -> Tensor:
 
 def _rows(batch: Batch, model: nn.Module) -> Iterator[dict[str, Any]]:
     """The examples of a batch one by one: squares of gradients do not add up over a batch."""
-    given = _moved(batch, model)
+    given = moved(batch, model)
     for i in range(len(next(iter(given.values())))):
         yield {name: value[i : i + 1] for name, value in given.items()}
 
 
-def _moved(batch: Batch, model: nn.Module) -> dict[str, Tensor]:
+def moved(batch: Batch, model: nn.Module) -> dict[str, Tensor]:
+    """The batch where the model's parameters are."""
     device = next(model.parameters()).device
     return {name: value.to(device) for name, value in batch.items()}
 

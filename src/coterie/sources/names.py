@@ -65,6 +65,10 @@ class Skeleton:
             return rename_source_key(name, [], [], prefix, self.tensors)
         return found, pattern
 
+    def layer_in_memory(self, path: str) -> str:
+        """The path in memory of a layer whose path on disk, or in another class of the family, is given."""
+        return self.in_memory(f"{path}.weight")[0].removesuffix(".weight")
+
     def on_disk(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Tensors under their names in memory, as the tensors that `save_pretrained` would write (Hub names)."""
         self.model._weight_conversions = self._back or None  # type: ignore[assignment]
