@@ -342,7 +342,8 @@ class Grid:
 
     Attributes:
         make, cache, steps: as in `Run`.
-        rates: learning rates; the first seed's validation rows choose one for each method.
+        rates: learning rates; the first seed's validation rows choose one for each method, from the highest down as
+            long as it gets better.
         seeds: how many.
     """
 
@@ -355,16 +356,34 @@ class Grid:
     def run(self, name: str, rate: float, seed: int) -> Run:
         return Run(self.make, self.cache, self.steps, name, rate, seed)
 
+    def scores(self, name: str) -> dict[float, float]:
+        """Rate -> the first seed's validation accuracy, of the rates that were tried, from the highest on."""
+        found: dict[float, float] = {}
+        for rate in sorted(self.rates, reverse=True):
+            cell = self.run(name, rate, 0).cell()
+            if cell is None:
+                break
+            found[rate] = cell["validation"]
+        return found
+
+    def further(self, name: str) -> float | None:
+        """The next rate to try: the next lower one, as long as the last was better than the one before."""
+        scores = self.scores(name)
+        left = sorted(set(self.rates) - set(scores), reverse=True)
+        last = list(scores.values())[-2:]
+        return left[0] if left and (len(last) < 2 or last[1] > last[0]) else None
+
     def rate(self, name: str) -> float | None:
         """The method's learning rate; None where a rate is still to be tried."""
-        tried = [self.run(name, rate, 0).cell() for rate in self.rates]
-        scores = [cell["validation"] for cell in tried if cell is not None]
-        return self.rates[scores.index(max(scores))] if len(scores) == len(tried) else None
+        scores = self.scores(name)
+        return None if self.further(name) is not None else max(scores, key=scores.__getitem__)
 
     def finish(self, names: Iterable[str], jobs: int) -> None:
         """Train what is not kept, several at a time, and say how it went."""
         names = list(names)
-        self._all([self.run(name, rate, 0) for name in names for rate in self.rates], jobs)
+        for _ in self.rates:
+            nexts = {name: self.further(name) for name in names}
+            self._all([self.run(name, rate, 0) for name, rate in nexts.items() if rate is not None], jobs)
         chosen = {name: rate for name in names if (rate := self.rate(name)) is not None}
         self._all([self.run(name, rate, seed) for seed in range(1, self.seeds) for name, rate in chosen.items()], jobs)
 
@@ -389,12 +408,11 @@ class Grid:
                 continue
             cells = [self.run(name, rate, seed).cell() for seed in range(self.seeds)]
             kept = [cell for cell in cells if cell is not None]
-            tried = {f"{each:g}": self.run(name, each, 0).cell() for each in self.rates}
             methods[name] = {
                 **asdict(contender),
                 "rank": contender.rank * experiment.rank,
                 "rate": rate,
-                "validation": {each: cell["validation"] for each, cell in tried.items() if cell},
+                "validation": {f"{each:g}": score for each, score in self.scores(name).items()},
                 "trainable": kept[0]["trainable"],
                 "step_ms": median(cell["step_ms"] for cell in kept),
                 "memory_mib": median(cell["memory_mib"] for cell in kept),

@@ -107,7 +107,7 @@ def test_validation_chooses_the_rate_and_a_stopped_grid_goes_on(
 
     def train(_: Any, contender: Any, rate: float, seed: int) -> dict[str, Any]:
         asked.append((contender.method, rate, seed))
-        validation, test = {1e-3: (0.2, 0.9), 1e-2: (0.8, 0.1), 1e-1: (0.5, 0.6)}[rate]
+        validation, test = {1e-3: (0.2, 0.9), 1e-2: (0.8, 0.1), 1e-1: (0.5, 0.6), 5: (0.9, 0.0)}[rate]
         cost = {"trainable": 1, "step_ms": 1.0, "memory_mib": 1.0, "loss": 1.0, "code": "present"}
         return {"accuracy": [test + seed / 100] * 6, "validation": validation, "gates": {}, **cost}
 
@@ -115,10 +115,22 @@ def test_validation_chooses_the_rate_and_a_stopped_grid_goes_on(
     run(domains, "domains", tmp_path, monkeypatch, "--methods", "single", "--seeds", "1", "--rates", "1e-3")
     some = ("--methods", "single,tag", "--seeds", "2", "--rates", "1e-3,1e-2,1e-1")
     methods = run(domains, "domains", tmp_path, monkeypatch, *some)["methods"]
-    firsts = [(method, rate, 0) for method in ("single", "tag") for rate in (1e-3, 1e-2, 1e-1)]
-    assert asked == [*firsts, ("single", 1e-2, 1), ("tag", 1e-2, 1)]
+    firsts = [(method, rate, 0) for rate in (1e-1, 1e-2) for method in ("single", "tag")]
+    assert asked == [("single", 1e-3, 0), *firsts, ("tag", 1e-3, 0), ("single", 1e-2, 1), ("tag", 1e-2, 1)]
     assert set(methods) == {"single", "tag"} and methods["tag"]["rate"] == 1e-2
     assert methods["tag"]["accuracy"] == [[0.1] * 6, [0.11] * 6]
+
+    asked.clear()  # from the highest rate down, no further than it gets better
+    run(domains, "domains", tmp_path, monkeypatch, "--methods", "hash", "--seeds", "1", "--rates", "1e-3,1e-1,1e-2")
+    assert [rate for _, rate, _ in asked] == [1e-1, 1e-2, 1e-3]
+    asked.clear()
+    few = ("--methods", "poly", "--seeds", "2", "--rates", "1e-2,1e-3")
+    assert run(domains, "domains", tmp_path, monkeypatch, *few)["methods"]["poly"]["rate"] == 1e-2
+    assert [(rate, seed) for _, rate, seed in asked] == [(1e-2, 0), (1e-3, 0), (1e-2, 1)]
+    asked.clear()
+    few = ("--methods", "single_wide", "--seeds", "1", "--rates", "5,1e-3,1e-1")
+    found = run(domains, "domains", tmp_path, monkeypatch, *few)
+    assert found["methods"]["single_wide"]["rate"] == 5 and [rate for _, rate, _ in asked] == [5, 1e-1]
 
 
 def test_the_texts_run(tasks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
