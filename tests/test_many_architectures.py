@@ -85,6 +85,11 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         dict(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64, pad_token_id=0),
     ),
     "llama_classifier": ("LlamaConfig", "LlamaForSequenceClassification", LLAMA),
+    "llama4": (
+        "Llama4TextConfig",
+        "Llama4ForCausalLM",
+        dict(LLAMA, head_dim=8, intermediate_size_mlp=48, num_local_experts=2, num_experts_per_tok=1, moe_layers=[1]),
+    ),
     "olmoe": ("OlmoeConfig", "OlmoeForCausalLM", dict(LLAMA, num_experts=4, num_experts_per_tok=2)),
     "mamba2": (
         "Mamba2Config",

@@ -141,6 +141,9 @@ def outside_base(model: nn.Module) -> list[str]:
     base = AutoModel._model_mapping[type(model.config)]
     if isinstance(base, tuple) or type(model) is base:
         return []
+    whole = [name for name, child in model.named_children() if type(child) is base]  # Llama 4: under another name
+    if whole:
+        return [name for name in children if name not in whole]
     with torch.device("meta"), no_init_weights():
         own = {name for name, _ in base(copy.deepcopy(model.config)).named_children()}
     return [name for name in children if name not in own]
