@@ -291,6 +291,8 @@ def unguard(config: Any) -> None:
     for each in (config, *nested_configs(config)):
         for key in GUARDS:
             each.__dict__.pop(key, None)
+        if each.__dict__.get("_experts_implementation_internal") == GUARD:
+            each._experts_implementation_internal = None
     config.__dict__.pop("quantization_config", None)
 
 

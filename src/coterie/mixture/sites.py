@@ -144,8 +144,12 @@ def outside_base(model: nn.Module) -> list[str]:
     whole = [name for name, child in model.named_children() if type(child) is base]  # Llama 4: under another name
     if whole:
         return [name for name in children if name not in whole]
+    from .handle import unguard
+
+    config = copy.deepcopy(model.config)
+    unguard(config)
     with torch.device("meta"), no_init_weights():
-        own = {name for name, _ in base(copy.deepcopy(model.config)).named_children()}
+        own = {name for name, _ in base(config).named_children()}
     return [name for name in children if name not in own]
 
 

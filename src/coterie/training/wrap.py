@@ -57,7 +57,7 @@ class MixtureConfig(BaseModel):
             output heads); of bottleneck adapters, those that end a sub-layer.
         also_train: globs on names of the base's parameters that are trained too, beside experts and routers; None: the
             task head, what a model holds outside of its base model (as PEFT's `modules_to_save` for its task types); of
-            a mixture, the heads that it keeps per expert.
+            a mixture of which not all is trained, only a head that it keeps per expert.
         seed: of the fresh parameters.
     """
 
@@ -156,10 +156,10 @@ def wrap(model: Any, config: MixtureConfig | None = None, train: Part = "all") -
         mixture = _own_routing(copied, train) if config is None else _rerouted(copied, config)
         if config is not None and config.modules != Modules():
             raise CoterieError("a mixture has its layers", "modules", "leave it out, or wrap the dense model")
-        if config is not None and config.also_train is not None:
-            also = _also(model, config.also_train)
-        else:
-            also = {name for name, _ in model.named_parameters() if _inside(name, model.coterie.spec.heads)}
+        globs = None if config is None else config.also_train
+        also = _also(model, globs)
+        if globs is None and train != "all":
+            also = {name for name in also if _inside(name, model.coterie.spec.heads)}
     else:
         assert config is not None
         also = _also(model, config.also_train)
