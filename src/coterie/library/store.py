@@ -38,7 +38,7 @@ from ..merging.statistics import Batch
 from ..recipe import read_recipe
 from ..sources.adapter import AdapterExpert
 from ..sources.checkpoint import require_finite
-from ..sources.locate import PATTERNS, Location, locate
+from ..sources.locate import Location, locate
 from ..sources.manifest import (
     ADAPTER,
     EXPERTS,
@@ -56,6 +56,7 @@ from .combine import CombineReport, combine
 from .encoder import Encoder, account, embeddings, texts_of
 from .expert import FACTS, Expert, describe
 from .index import Index
+from .lineage import Lineage, base_of
 
 if TYPE_CHECKING:
     from .vectors import Loss
@@ -88,14 +89,8 @@ def create(path: str | Path, base: str | Path, token: str | None = None) -> Libr
     """
     place = locate(str(base), token)
     with whole_directory(Path(path), sources=[place.path]) as folder:
-        known = Base(
-            id=place.id if place.revision else str(place.path.resolve()),
-            revision=place.revision,
-            fingerprint=_fingerprint(str(base), token),
-            files=_files(place),
-        )
         (folder / EXPERTS).mkdir()
-        _write_manifest(folder, Manifest(base=known))
+        _write_manifest(folder, Manifest(base=base_of(str(base), place, token)))
     return Library(Location(Path(path), str(path)), token)
 
 
@@ -138,13 +133,11 @@ class Library:
         self._lock = FileLock(place.path / LOCK)
         self._known: tuple[Any, Manifest] | None = None
         self._skeletons: dict[Any, Inputs] = {}
-        self._fingerprints: dict[Any, str] = {}
         self._fetched: set[str] = set()
         self._indexes: dict[Any, Index] = {}
-        self._base_here: str | None = None
         self._manifest()
         if base is not None:
-            self._require_same_base(None, str(base))
+            self._lineage.require(None, str(base))
 
     # Reading
 
@@ -253,13 +246,13 @@ class Library:
             place = locate(source, self._token)
             draft.source = f"{place.id}@{place.revision}" if place.revision and "#" not in place.id else place.id
             if base is not None:
-                self._require_same_base(name, str(base))
+                self._lineage.require(name, str(base))
             if place.is_adapter:
                 if rank is not None or residual is not None:
                     raise CoterieError("is an adapter already", source, "leave out rank and residual")
                 files = [inside(place.path, file) for file in ADAPTER]
                 if base is None:
-                    self._require_its_base(name, place)
+                    self._lineage.require_of(name, place)
                 draft.adapter = self._open(name, place)
                 for file in files:
                     shutil.copyfile(file, draft.folder / file.name)
@@ -271,7 +264,7 @@ class Library:
                     )  # fmt: skip
                 draft.kind = "extracted"
                 report = extract(
-                    self._base(), source, draft.folder / "extracted", rank=rank, residual=residual, rest=rest,
+                    self._lineage.here(), source, draft.folder / "extracted", rank=rank, residual=residual, rest=rest,
                     head=head, device=device, jobs=jobs, token=self._token, console=console,
                 )  # fmt: skip
                 for file in (draft.folder / "extracted").iterdir():
@@ -412,48 +405,9 @@ class Library:
 
     # The base
 
-    def _base(self) -> str:
-        """Where the base is: where it was last found to be the same.
-
-        Raises:
-            CoterieError: it is gone, or not the same any more.
-        """
-        if self._base_here is None:
-            self._require_same_base(None, self.base.source)
-        return self._base_here or self.base.source
-
-    def _require_same_base(self, name: str | None, source: str) -> None:
-        """Compare a base with the library's: that of an expert, or (name None) the library's own, where it is now."""
-        place, ours = locate(source, self._token), self.base
-        files = _files(place)
-        at_home = place.path.resolve() == Path(ours.id) and files == ours.files and not place.revision
-        if not at_home and (place.id, place.revision) != (ours.id, ours.revision or ""):
-            key = str(place.path.resolve()), json.dumps(files)
-            if key not in self._fingerprints:
-                self._fingerprints[key] = _fingerprint(source, self._token)
-            if self._fingerprints[key] != ours.fingerprint:
-                raise CoterieError(
-                    f"its base {source} has the fingerprint {self._fingerprints[key][:12]}, and the base that the "
-                    f"library was made for {ours.fingerprint[:12]}",
-                    self._where if name is None else f"expert {name!r}",
-                    "restore that base" if name is None else "use experts of the library's base",
-                )
-        self._base_here = source
-
-    def _require_its_base(self, name: str, place: Location) -> None:
-        """Hold the base that an adapter's configuration names against the library's."""
-        config = place.json(ADAPTER[0]) or {}
-        source, revision = config.get("base_model_name_or_path"), config.get("revision")
-        if isinstance(source, str) and source:
-            if source == self.base.id and revision in (None, self.base.revision):
-                source = self.base.source
-            if source == self.base.source or Path(source).expanduser().is_dir():
-                return self._require_same_base(name, source)
-        raise CoterieError(
-            f"its base {source!r} is not here to be compared with the library's ({self.base.source})",
-            f"expert {name!r}",
-            "say with base (--base) where it is",
-        )
+    @cached_property
+    def _lineage(self) -> Lineage:
+        return Lineage(self.base, self._where, self._token)
 
     def _open(self, name: str, place: Location) -> AdapterExpert:
         """An adapter read against the architecture of its task; every tensor is looked at once.
@@ -463,7 +417,7 @@ class Library:
         """
         task = (place.json(ADAPTER[0]) or {}).get("task_type")
         if task not in self._skeletons:
-            recipe = {"method": "library", "base": self._base(), "experts": {name: str(place.path)}}
+            recipe = {"method": "library", "base": self._lineage.here(), "experts": {name: str(place.path)}}
             self._skeletons[task] = open_inputs(read_recipe(recipe), self._token)
         found = AdapterExpert(name, place, self._skeletons[task].skeleton)  # type: ignore[arg-type]
         if not found.adapted:
@@ -697,18 +651,6 @@ def _check_texts(description: str | None, examples: Sequence[str]) -> None:
         raise CoterieError("the description is empty", "library", "leave it out, or say what the expert is for")
     if any(unicodedata.category(c) == "Cs" for text in (description or "", *examples) for c in text):
         raise CoterieError("a description or an example is not sound Unicode", "library", "mend its encoding")
-
-
-def _fingerprint(base: str, token: str | None) -> str:
-    """Of a base under the names of the class that its own config.json names: the base is opened as its own expert."""
-    recipe = read_recipe({"method": "library", "base": base, "experts": {"base": base}})
-    return open_inputs(recipe, token).stored.fingerprint()
-
-
-def _files(place: Location) -> dict[str, list[int]]:
-    """Sizes and times of change of a directory's files; nothing of what a revision pins."""
-    files = [] if place.revision else sorted({f for pattern in PATTERNS for f in place.path.glob(pattern)})
-    return {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in files}
 
 
 def _write_manifest(folder: Path, manifest: Manifest) -> None:
