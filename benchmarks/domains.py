@@ -34,7 +34,7 @@ SHAPE: dict[str, Any] = {
 }  # fmt: skip
 PRETRAINING = {"steps": 2500, "batch": 128, "learning_rate": 1e-3}
 STEPS, BATCH, RANK = 1200, 64, 4
-RATES = (1.6e-3, 4e-3, 1e-2)
+RATES = (1.6e-3, 4e-3, 1e-2, 2.5e-2)
 
 
 def pictures() -> tuple[np.ndarray, np.ndarray, str]:

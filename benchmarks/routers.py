@@ -342,8 +342,8 @@ class Grid:
 
     Attributes:
         make, cache, steps: as in `Run`.
-        rates: learning rates; the first seed's validation rows choose one for each method, from the highest down as
-            long as it gets better.
+        rates: learning rates; the first seed's validation rows choose one for each method, which is better than its
+            neighbours.
         seeds: how many.
     """
 
@@ -357,21 +357,17 @@ class Grid:
         return Run(self.make, self.cache, self.steps, name, rate, seed)
 
     def scores(self, name: str) -> dict[float, float]:
-        """Rate -> the first seed's validation accuracy, of the rates that were tried, from the highest on."""
-        found: dict[float, float] = {}
-        for rate in sorted(self.rates, reverse=True):
-            cell = self.run(name, rate, 0).cell()
-            if cell is None:
-                break
-            found[rate] = cell["validation"]
-        return found
+        """Rate -> the first seed's validation accuracy, of the rates that were tried."""
+        cells = {rate: self.run(name, rate, 0).cell() for rate in sorted(self.rates)}
+        return {rate: cell["validation"] for rate, cell in cells.items() if cell is not None}
 
     def further(self, name: str) -> float | None:
-        """The next rate to try: the next lower one, as long as the last was better than the one before."""
-        scores = self.scores(name)
-        left = sorted(set(self.rates) - set(scores), reverse=True)
-        last = list(scores.values())[-2:]
-        return left[0] if left and (len(last) < 2 or last[1] > last[0]) else None
+        """The next rate to try: the middle one, then the neighbours of the best until both were tried."""
+        scores, rates = self.scores(name), sorted(self.rates)
+        if not scores:
+            return rates[len(rates) // 2]
+        at = rates.index(max(scores, key=scores.__getitem__))
+        return next((rate for rate in rates[max(at - 1, 0) : at + 2] if rate not in scores), None)
 
     def rate(self, name: str) -> float | None:
         """The method's learning rate; None where a rate is still to be tried."""

@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 
 from ..errors import CoterieError
-from .figures import Figure, Layers, Palette, kept_sentence, overlap_means, percent, routed, weights
+from .charts import Figure, Layers, Palette, percent
+from .figures import kept_sentence, overlap_means, weights
 from .inspect import Inspection
 from .routing import RoutingRecord
+from .routing_figures import routed
 from .subspaces import LayerSpaces
 
 GENERATOR = "coterie inspect"
