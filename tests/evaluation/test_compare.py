@@ -17,7 +17,8 @@ from coterie.errors import CoterieError
 from coterie.evaluation import combine
 from coterie.evaluation.anchors import AnchorReader
 from coterie.evaluation.cells import Cells
-from coterie.evaluation.compare import compare, routed_share
+from coterie.evaluation.compare import compare
+from coterie.evaluation.comparer import routed_share
 from coterie.evaluation.suite import Split, Suite, Task, weights_sha256
 
 GRIDS = {"smile": [{"rank": 4, "gate_rank": 2}], "task_arithmetic": [{"scale": 0.8}]}

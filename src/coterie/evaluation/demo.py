@@ -15,7 +15,8 @@ import coterie
 from . import tables
 from .cells import Cells
 from .combine import Experts, Way, recipe
-from .compare import TITLES, Comparer, Comparison, Result, expert_sets
+from .compare import TITLES, expert_sets
+from .comparer import Comparer, Comparison, Result
 from .extract import PROVENANCE
 from .picture import svg
 from .suite import Suite, Task

@@ -19,7 +19,7 @@ from rich.text import Text
 from .metrics import METRICS, Interval
 
 if TYPE_CHECKING:
-    from .compare import Comparison, Result
+    from .comparer import Comparison, Result
 
 
 @dataclass(frozen=True)
