@@ -17,7 +17,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 import coterie
 from coterie.building.directory import whole_directory
 from coterie.evaluation.cells import Cells
-from coterie.evaluation.combine import Experts, Way, combined, source_key
+from coterie.evaluation.combine import ROOMS, Experts, Way, combined, meaning
 from coterie.evaluation.ladder import linear_layers
 from coterie.evaluation.reader import Reader, told
 from coterie.evaluation.suite import Split, Task, digest, weights_sha256
@@ -45,7 +45,8 @@ from timing import Variant, machine, side_by_side, versions
 HELD_OUT = ("airports", "definitions", "dates", "pronunciations", "quantities", "foods")
 ROWS, LOOKED_AT, VALIDATION = 500, 100, 100  # test rows of a task; of them, whose gates are kept; to choose from
 FEW, BUDGET = 16, 40  # labelled rows of a task, and weights that are tried on them, of LoraHub
-MIXED = {"steps": 100, "batch": 32, "learning_rate": 5e-3}  # what is learned on all tasks, with frozen experts
+MIXED = {"steps": 100, "batch": 32}  # what is learned on all tasks, with frozen experts, at the best on validation of
+RATES = {"cat": (0.03, 0.3), "xlora": (1e-3, 1e-2)}
 JOINT = {"steps": 1400, "batch": 32, "learning_rate": 1e-3}  # one LoRA for all tasks: a third of the experts' steps
 CLUSTERS = 5
 
@@ -119,12 +120,20 @@ class Drawer:
     def own(self) -> tuple[Task, ...]:
         return self.tasks[: len(self.names)]
 
+    @property
+    def key(self) -> list[Any]:
+        """What every figure depends on."""
+        settings = (MIXED, RATES, JOINT, FEW, BUDGET, CLUSTERS, ROWS, LOOKED_AT, VALIDATION)
+        rows = [(task.key, task.test.key) for task in self.tasks]
+        return [self.experts.keys, weights_sha256(self.reader.base), self.reader.settings, rows, settings]
+
     def measure(self, way: Contender) -> dict[str, Any]:
         """What there is to say of a way.
 
         Returns:
             `accuracy` by task, None where it does not answer; `ratio` of processor time of a batch to the base's;
-            `parameters` over the base's; `seconds` of making it; and of what routes, on LOOKED_AT rows a task:
+            `parameters` over the base's; `seconds` of making it, with what is learned or searched for; and of what
+            routes, on LOOKED_AT rows a task:
             `gates` (tasks, experts), means over tokens and layers; `right`, for each expert's task the share of
             tokens and layers whose largest gate is its expert's; `entropy` of a token's gates in a layer, as a share
             of what it can be.
@@ -132,10 +141,11 @@ class Drawer:
         with ExitStack() as stack:
             start = perf_counter()
             answer, model = stack.enter_context(self.made(way))
-            seconds = perf_counter() - start
-            accuracy = []
+            made, accuracy = self.trained_for(way) or perf_counter() - start, []
             for task in self.tasks:
+                start = perf_counter()
                 with answer(task) as ready:
+                    made += perf_counter() - start
                     scores = None if ready is None else self.reader.scores(ready, task, task.test.head(ROWS))
                 accuracy.append(None if scores is None else float(scores.mean()))
             routed = way.kind not in ("base", "joint", "best", "own")
@@ -143,7 +153,7 @@ class Drawer:
                 "accuracy": accuracy,
                 "ratio": self.ratio(model, answer),
                 "parameters": sum(p.numel() for p in model.parameters()) / self.base_parameters,
-                "seconds": seconds,
+                "seconds": made,
                 **(self.look(answer, len(model.coterie.expert_names), way.kind == "clusters") if routed else {}),
             }
 
@@ -209,35 +219,53 @@ class Drawer:
         """The expert that does best on all the experts' tasks, on validation rows."""
         kept = {}
         for name in self.names:
-            model = self.experts.fresh(self.experts.state(name))
-            kept[name] = mean(self.reader.scores(model, t, t.validation.head(VALIDATION)).mean() for t in self.own)
+            kept[name] = self.on_validation(self.experts.fresh(self.experts.state(name)))
         return max(kept, key=kept.__getitem__)
 
     def mixed(self, model: Any, method: str) -> Any:
         """Another method's routers over the same experts, learned on rows of all their tasks in turn."""
-        torch.manual_seed(0)
-        how = coterie.MixtureConfig(method=method)
-        routers: Any = coterie.wrap(model, how, train="routers")
-        learn(self.reader, routers, self.own, **MIXED)
-        return routers.eval()
+        tried = []
+        for rate in RATES[method]:
+            torch.manual_seed(0)
+            routers: Any = coterie.wrap(model, coterie.MixtureConfig(method=method), train="routers")
+            for module in routers.modules():
+                if isinstance(module, nn.Dropout):  # the experts were trained without, too
+                    module.p = 0.0
+            learn(self.reader, routers, self.own, learning_rate=rate, **MIXED)
+            tried.append((self.on_validation(routers.eval()), -rate, routers))
+        return max(tried, key=lambda each: each[:2])[2]
+
+    def on_validation(self, model: Any) -> float:
+        """Mean accuracy on validation rows of the experts' tasks."""
+        return mean(self.reader.scores(model, t, t.validation.head(VALIDATION)).mean() for t in self.own)
+
+    @property
+    def joint_place(self) -> Path:
+        rank = SUITE.recipes["lora"].rank
+        key = digest([task.key for task in self.own], JOINT, rank, weights_sha256(self.reader.base))
+        return self.cache / "experts" / f"joint-{key[:16]}"
 
     def joint(self) -> nn.Module:
         """One LoRA of the experts' rank, trained on all their tasks in turn; kept in the cache."""
         from peft import LoraConfig, PeftModel, get_peft_model
 
-        rank = SUITE.recipes["lora"].rank
-        key = digest([task.key for task in self.own], JOINT, rank, weights_sha256(self.reader.base))[:16]
-        place, base = self.cache / "experts" / f"joint-{key}", self.reader.base_model().requires_grad_(False)
-        if not place.is_dir():
+        rank, base = SUITE.recipes["lora"].rank, self.reader.base_model().requires_grad_(False)
+        if not self.joint_place.is_dir():
+            start = perf_counter()
             torch.manual_seed(0)
             layers = linear_layers(base, self.reader.blocks)
             model: Any = get_peft_model(base, LoraConfig(r=rank, lora_alpha=rank, target_modules=layers)).eval()
             learn(self.reader, model, self.own, **JOINT)
-            with whole_directory(place) as folder:
+            with whole_directory(self.joint_place) as folder:
                 model.save_pretrained(folder)
+                (folder / "seconds.json").write_text(json.dumps(perf_counter() - start))
             base = self.reader.base_model()
-        merged: nn.Module = PeftModel.from_pretrained(base, str(place)).merge_and_unload()
+        merged: nn.Module = PeftModel.from_pretrained(base, str(self.joint_place)).merge_and_unload()
         return merged.eval()
+
+    def trained_for(self, way: Contender) -> float:
+        """Seconds of a training that is kept."""
+        return json.loads((self.joint_place / "seconds.json").read_text()) if way.kind == "joint" else 0.0
 
     def clustered(self, folder: Path) -> Experts:
         """Each cluster's mean, as an adapter."""
@@ -310,6 +338,14 @@ def learn(reader: Reader, model: Any, tasks: Sequence[Task], steps: int, batch: 
         schedule.step()
 
 
+def code_version() -> str:
+    """A fingerprint of the code that a figure depends on."""
+    root = Path(coterie.__file__).parent
+    rooms = (*ROOMS, "library", "methods", "training")
+    files = [path for room in rooms for path in sorted((root / room).rglob("*.py"))]
+    return digest([meaning(path) for path in [Path(__file__), root / "evaluation" / "combine.py", *files]])
+
+
 def drawer(cache: Path, workers: int) -> Drawer:
     """The experiment; trains the experts that the cache lacks."""
     tasks = SUITE.tasks(test=ROWS)
@@ -335,27 +371,38 @@ def main() -> None:
     quiet()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    experiment = drawer(options.cache, options.workers)
     cells = Cells(options.cache / "drawer", lambda text: print(f"! {text}", file=sys.stderr))
+    unknown = set(chosen := list(WAYS) if options.ways == "all" else options.ways.split(";")) - set(WAYS)
+    if unknown:
+        parser.error(f"unknown: {'; '.join(unknown)}; known: {'; '.join(WAYS)}")
+    experiment = drawer(options.cache, options.workers)
     result: dict[str, Any] = {
         "tasks": [task.name for task in experiment.tasks], "held_out": len(HELD_OUT), "rows": ROWS,
-        "settings": {"mixed": MIXED, "joint": JOINT, "few": FEW, "budget": BUDGET}, "ways": {},
+        "settings": {"mixed": MIXED, "rates": RATES, "joint": JOINT, "few": FEW, "budget": BUDGET}, "ways": {},
         "versions": versions("torch", "transformers", "peft"), "machine": machine(),
     }  # fmt: skip
-    chosen = list(WAYS) if options.ways == "all" else options.ways.split(";")
+    code = code_version()
+
+    def found(way: Contender, measured: bool) -> dict[str, Any]:
+        def compute() -> dict[str, Any]:
+            if not measured:
+                raise LookupError
+            return experiment.measure(way)
+
+        key = (*experiment.key, way.method, way.parameters, way.kind, code)
+        return {"asks": way.asks, **cells.get(key, compute)}
+
+    kept: dict[str, Any] = {}
+    for name, way in WAYS.items():
+        with suppress(LookupError):
+            kept[name] = found(way, False)
     for name in chosen:
-        way = WAYS[name]
-        code = source_key(way.method) if way.method else ""
-        rows = [task.test.key for task in experiment.tasks]
-        settings = (MIXED, JOINT, FEW, BUDGET, CLUSTERS, LOOKED_AT, VALIDATION)
-        parts = (way.method, way.parameters, way.kind, code, list(experiment.experts.keys.values()), rows, settings)
-        found = cells.get(parts, partial(experiment.measure, way))
-        result["ways"][name] = {"asks": way.asks, **found}
-        held = [value for value in found["accuracy"][-len(HELD_OUT) :] if value is not None]
-        own = mean(found["accuracy"][: -len(HELD_OUT)])
-        print(f"{name}: {100 * own:.1f}, held out {100 * mean(held or [float('nan')]):.1f}", flush=True)
+        kept[name] = found(WAYS[name], True)
+        own, held = np.split(np.array(kept[name]["accuracy"], dtype=float), [-len(HELD_OUT)])
+        print(f"{name}: {100 * own.mean():.1f}, held out {100 * held.mean():.1f}", flush=True)
+        result["ways"] = {each: kept[each] for each in WAYS if each in kept}
         options.out.write_text(compact(result) + "\n")
-    print(f"written: {options.out}", json.dumps(result["machine"]))
+    print(f"written: {options.out}")
 
 
 if __name__ == "__main__":

@@ -376,10 +376,13 @@ class Grid:
 
     def finish(self, names: Iterable[str], jobs: int) -> None:
         """Train what is not kept, several at a time, and say how it went."""
-        names = list(names)
+        names, asked = list(names), set[Run]()
         for _ in self.rates:
-            nexts = {name: self.further(name) for name in names}
-            self._all([self.run(name, rate, 0) for name, rate in nexts.items() if rate is not None], jobs)
+            nexts = {self.run(name, rate, 0) for name in names if (rate := self.further(name)) is not None}
+            self._all(
+                sorted(nexts - asked, key=lambda run: names.index(run.name)), jobs
+            )  # a failure is not tried again
+            asked |= nexts
         chosen = {name: rate for name in names if (rate := self.rate(name)) is not None}
         self._all([self.run(name, rate, seed) for seed in range(1, self.seeds) for name, rate in chosen.items()], jobs)
 

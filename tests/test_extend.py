@@ -106,8 +106,15 @@ def test_removing_equals_a_build_of_the_rest(method: str, sources: dict[str, str
     alike(tmp_path / "got", rest, exact=method != "arrow_factors")
 
 
-@pytest.mark.parametrize("method", ["phatgoose", "average_activation", "retriever", "nearest_example", "logo"])
-def test_what_routers_hold_of_the_experts_goes_along(method: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "dtype"),
+    [
+        *((method, None) for method in ("phatgoose", "average_activation", "retriever", "nearest_example", "logo")),
+        ("phatgoose", "bfloat16"),
+        ("retriever", "bfloat16"),
+    ],
+)
+def test_what_routers_hold_of_the_experts_goes_along(method: str, dtype: str | None, tmp_path: Path) -> None:
     """Added to, and taken from, a mixture whose sources are gone, but for what is added."""
     sys.path.insert(0, str(Path(__file__).parent / "methods"))
     import routed
@@ -123,17 +130,19 @@ def test_what_routers_hold_of_the_experts_goes_along(method: str, tmp_path: Path
     sources = {name: f"{made.library.path}#{name}" for name in routed.NAMES}
 
     def build(names: list[str], out: Path) -> Path:
-        coterie.build(method=method, base=str(made.base), experts={n: sources[n] for n in names}, out=out)
+        recipe = {"method": method, "base": str(made.base), "experts": {n: sources[n] for n in names}}
+        coterie.build(recipe | ({"dtype": dtype} if dtype else {}), out=out)
         return out
 
     first, second, third = routed.NAMES
     wanted, fewer = build([first, second, third], tmp_path / "whole"), build([first, third], tmp_path / "fewer")
-    two = build([first, second], tmp_path / "two")
+    two, one = build([first, second], tmp_path / "two"), build([first], tmp_path / "one")
     made.library.remove(first)
     made.library.remove(second)
     coterie.add_experts(two, {third: sources[third]}, tmp_path / "added")
     coterie.remove_experts(wanted, [second], tmp_path / "removed")
-    for got, want in (("added", wanted), ("removed", fewer)):
+    coterie.add_experts(one, {third: sources[third]}, tmp_path / "grown")
+    for got, want in (("added", wanted), ("removed", fewer), ("grown", fewer)):
         a, b = tensors(tmp_path / got), tensors(want)
         assert a.keys() == b.keys()
         assert all(torch.equal(a[name], b[name]) for name in a)

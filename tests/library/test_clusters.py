@@ -115,6 +115,38 @@ def test_experts_are_trained_on_all_data_of_their_clusters(grouped, tmp_path):
             assert tuned(**batches[0]).loss < 0.7 * model(**batches[0]).loss
 
 
+def test_heads_in_clusters(drawer, tmp_path):
+    """One that all hold is put in, and stays; heads that differ are no cluster; without any, the model's is trained."""
+    made = coterie.library.create(tmp_path / "heads", drawer.base)
+    for name, seed, head in (("a", 1, 1), ("b", 2, 1), ("c", 3, 3), ("d", 4, None), ("e", 5, None)):
+        task = {} if head is None else {"task_type": "SEQ_CLS"}
+        make_adapter(drawer.base, tmp_path / name, seed, 2, ["query"], arch="bert", **task)
+        if head and head != seed:
+            file = tmp_path / name / "adapter_model.safetensors"
+            heads = {k: v for k, v in load_file(tmp_path / "a" / file.name).items() if "classifier" in k}
+            save_file(load_file(file) | heads, file, {"format": "pt"})
+        made.add(name, tmp_path / name)
+    ids = torch.arange(4, 12).view(2, 4)
+    data = {key: [{"input_ids": ids, "labels": torch.tensor([0, 1])}] for key in "abcde"}
+    model = base_model("bert").eval()
+    assert made["a"].saved and not made["d"].saved
+    with pytest.raises(coterie.CoterieError, match="its head is not that of 'a'"):
+        coterie.library.train_clusters(made, [["a", "c"]], tmp_path / "m", model, data, steps=2)
+    trained = coterie.library.train_clusters(made, [["a", "b"], ["d", "e"]], tmp_path / "m", model, data, steps=2)
+    both, own = trained["cluster 0"], trained["cluster 1"]
+    for name, disk in made["a"].saved.items():
+        assert torch.equal(both.checkpoint.read(both.saved[name]), made["a"].checkpoint.read(disk))
+    name = "classifier.weight"
+    assert not torch.equal(own.checkpoint.read(own.saved[name]), model.state_dict()[name])
+    without = {key: [{"input_ids": ids}] for key in "de"}
+    with pytest.raises(coterie.CoterieError, match="gives no loss"):
+        coterie.library.train_clusters(made, [["d", "e"]], tmp_path / "n", model, without, steps=2)
+    for bad in ({"rank": 0}, {"steps": 1}):
+        with pytest.raises(coterie.CoterieError, match=r"rank is .* and steps"):
+            coterie.library.train_clusters(made, [["d", "e"]], tmp_path / "n", model, data, **{"steps": 2} | bad)
+    assert not (tmp_path / "n").exists()
+
+
 def test_on_the_command_line(grouped, tmp_path):
     given = ["library", "cluster", str(grouped.path), "--clusters", "3", "--merge", str(tmp_path / "m"), "--json"]
     ran = CliRunner().invoke(app, given)

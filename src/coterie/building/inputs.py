@@ -20,8 +20,8 @@ from ..sources.experts import ExpertSource, FullExpert, shape_error
 from ..sources.locate import PATTERNS, Location, locate
 from ..sources.names import LiveSkeleton, ModuleView, Skeleton, View
 from .kept import Kept, KeptExpert
-from .lineage import lineage_notes
 from .notes import config_notes, tokenizer_notes
+from .trained_on import base_notes
 
 # AutoModel classes for the task types of PEFT adapters.
 TASKS = {
@@ -176,7 +176,7 @@ def open_inputs(
         experts.append(expert)
         left_out[f"expert {name}"] = expert.left_out
     notes += tokenizer_notes(where, places, result)
-    notes += lineage_notes(where, _again(base), [expert for expert in experts if isinstance(expert, AdapterExpert)])
+    notes += base_notes(where, _again(base), [expert for expert in experts if isinstance(expert, AdapterExpert)])
     for name, tensor in skeleton.tensors.items():
         shape = base.shape(name) if name in base else None
         if shape is not None and shape != tuple(tensor.shape) and name.rpartition(".")[0] not in heads:

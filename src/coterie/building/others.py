@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,8 +86,9 @@ def gather_head(
     base: Any,
     experts: list[ExpertSource],
     labels: list[dict[str, Any]],
+    written: Callable[[torch.Tensor], torch.Tensor],
 ) -> tuple[Head, dict[str, torch.Tensor]]:
-    """A module's copies: one per expert where they or their labels differ, else a single one.
+    """A module's copies: one per expert where they (as they are written) or their labels differ, else a single one.
 
     An expert that says nothing of the module has the base's; where the base lacks it too, the expert has none.
 
@@ -96,6 +98,7 @@ def gather_head(
         base: view of the base model.
         experts: all experts.
         labels: per expert, the configuration fields of its head.
+        written: a tensor in the dtype in which it is written; an expert that a mixture holds has no other.
 
     Returns:
         The structure, and the copies' tensors under their names in the mixture.
@@ -110,7 +113,7 @@ def gather_head(
             value = expert.value(name, mine, any_shape=True)
             value = mine if value is None else value
             if value is not None:
-                copy[leaf] = value
+                copy[leaf] = written(value)
         if len(copy) == len(wanted):
             owners.append(index)
             copies.append(copy)

@@ -207,8 +207,11 @@ class _Making:
         prefix, experts = f"{path}.", self.inputs.experts
         tensors = self.inputs.skeleton.tensors
         wanted = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-        self.facts.head, named = gather_head(path, wanted, self.inputs.base, experts, [e.labels for e in experts])
-        self._write({name: self._cast(t, t) for name, t in named.items()})
+        labels = [e.labels for e in experts]
+        self.facts.head, named = gather_head(
+            path, wanted, self.inputs.base, experts, labels, lambda tensor: self._cast(tensor, tensor)
+        )
+        self._write(named)
 
     def router(self, name: str) -> None:
         assert self.ready.statistics is not None

@@ -28,7 +28,7 @@ from ..registration import Registered
 from ..sources.statistics import write as write_vectors
 from .extract import expert_state
 from .ladder import State, load
-from .reader import Reader
+from .reader import TEXTS, Reader
 from .suite import Task, digest, weights_sha256
 
 SCALES = (0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
@@ -73,7 +73,10 @@ class Way:
     @property
     def needs_task(self) -> bool:
         """Whether it answers only where the task is known: a mixture that holds one model per task."""
-        return is_mixture(self.method) and methods.get(self.method).assemble(**self.parameters).routing.score == "tag"
+        return is_mixture(self.method) and methods.get(self.method).assemble(**self.parameters).routing.score in (
+            "tag",
+            "task",
+        )
 
 
 @dataclass
@@ -125,7 +128,9 @@ class Experts:
         if file.exists():
             return file
         if kind in ("task", "examples"):
-            texts = [str(row) for row in self.tasks[name].train.head(EXAMPLES).inputs]
+            texts = list(self.tasks[name].train.head(EXAMPLES).inputs)
+            if not all(isinstance(text, str) for text in texts):
+                raise CoterieError("its inputs are no texts, by which the method retrieves", f"task {name!r}", TEXTS)
             found = {"embedding": embeddings(minilm(), kind, texts)}
             write_vectors(file, found, {"kind": kind, **account(minilm(), texts)})
         elif kind in ("gate", "activation"):
@@ -278,17 +283,21 @@ def source_key(method: str) -> str:
     """sha256 (hex) of the code that determines what a method makes, whatever else changes.
 
     That is its own file and the files of its room that it imports; and for a merge, what reads the sources and merges a
-    tensor; for a mixture, the rooms that build and run it.
+    tensor; for a mixture, the rooms that build and run it, and what gathers what its routers hold of the tasks' data.
     """
     root = Path(coterie.__file__).parent
     own = Path(inspect.getfile(find(method).function))
+    data: list[Any] = []
     if is_mixture(method):
         engine = [path for room in ROOMS for path in sorted((root / room).rglob("*.py"))]
+        if methods.get(method).assemble(**methods.get(method).defaults).statistics is not None:
+            engine += [*sorted((root / "library").rglob("*.py")), root / "training" / "wrap.py"]
+            data = [STATISTICS_ROWS, EXAMPLES, GATE_ROWS, GATE_BATCH]
     else:
         engine = sorted(
             {f for name in ("steps", "inputs") for f in _with_imports(root / "merging" / f"{name}.py", set())}
         )
-    return digest([meaning(path) for path in [*sorted(_with_imports(own, set())), *engine]])
+    return digest([meaning(path) for path in [*sorted(_with_imports(own, set())), *engine]], *data)
 
 
 def _with_imports(path: Path, seen: set[Path]) -> set[Path]:

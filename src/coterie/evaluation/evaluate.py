@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import coterie
 
@@ -90,7 +89,7 @@ def evaluate(
 
 def routed_tasks(
     suite: str | Path, experts: Sequence[str], rows: int, cache: Path, device: str = "cpu"
-) -> list[tuple[str, str | None, Iterator[dict[str, Tensor]]]]:
+) -> list[tuple[str, str | None, Iterator[dict[str, Any]]]]:
     """What `coterie inspect --suite` routes: (task, the expert of its name or None, batches of its first test rows).
 
     Args:

@@ -22,6 +22,7 @@ from transformers import AutoModel
 
 from .anchors import SCALE, AnchorReader
 from .metrics import class_scores
+from .reader import told
 from .suite import Inputs, Split, Task, weights_sha256
 
 
@@ -85,7 +86,11 @@ class ImageReader:
     @torch.inference_mode()
     def embeddings(self, model: nn.Module, inputs: Inputs) -> np.ndarray:
         """(N, D) float32 unit-length embeddings of the images."""
-        return np.concatenate([embed(model, batch).float().cpu().numpy() for _, batch in self.batches(inputs)])
+        parts = []
+        for rows, batch in self.batches(inputs):
+            with told(model, (inputs[row] for row in rows)):
+                parts.append(embed(model, batch).float().cpu().numpy())
+        return np.concatenate(parts)
 
     def features(self, inputs: Inputs) -> np.ndarray:
         """(N, D) float32 unit-length embeddings by the base."""

@@ -9,10 +9,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from ..errors import CoterieError
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from .suite import Inputs, Split, Task
+
+
+TEXTS = "take tasks over texts, or a router that reads the layers' inputs"
 
 
 class Reader(Protocol):
@@ -63,15 +68,26 @@ class Reader(Protocol):
         """(N, D) float32: the frozen base's features of the inputs, from which the gates' probe names the task."""
 
 
-def told(model: Any, texts: Iterable[Any]) -> AbstractContextManager[None]:
+def told(model: Any, inputs: Iterable[Any]) -> AbstractContextManager[None]:
     """In this block the model knows the texts of its batch, if it is a mixture that retrieves experts by them.
 
     Args:
-        model: any; where `route` has said who answers, that holds.
-        texts: of the rows of the batch, in order.
+        model: any; where `route` or `retrieve` has said who answers, that holds.
+        inputs: the rows of the batch, in order.
+
+    Raises:
+        CoterieError: it retrieves, and the rows are no texts; or its experts were embedded by another encoder than
+            MiniLM.
     """
     handle = getattr(model, "coterie", None)
     if handle is None or handle.spec.routing.score != "retrieval" or handle.routed:
         return nullcontext()
-    standing: AbstractContextManager[None] = handle.retrieve([str(text) for text in texts])
+    rows = list(inputs)
+    if not rows:
+        return nullcontext()
+    if not all(isinstance(row, str) for row in rows):
+        raise CoterieError(
+            f"it retrieves by texts, and the inputs are {type(rows[0]).__name__}", handle.spec.method, TEXTS
+        )
+    standing: AbstractContextManager[None] = handle.retrieve(rows)
     return standing

@@ -18,8 +18,9 @@ from ..errors import CoterieError
 from ..merging.statistics import moved
 from ..sources.names import Skeleton
 from ..training.wrap import MixtureConfig, wrap
+from .expert import Expert
 from .store import LOCK, Library, create, open
-from .vectors import WARMUP, Loss, again
+from .vectors import WARMUP, Loss, again, put_saved, without_loss
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -137,7 +138,8 @@ def train_clusters(
     """A new library with one expert for each cluster, trained on the data of all of its experts (MBC, section 3.2).
 
     A fresh LoRA in every layer that any of them adapts, with alpha = rank; batches of the experts in turn; AdamW after
-    a warm-up over 6% of the steps, on a cosine to zero. A cluster of one keeps its expert as it is.
+    a warm-up over 6% of the steps, on a cosine to zero. A head that all experts of a cluster share is put in; the
+    model's own, where they have none, is trained along. A cluster of one keeps its expert as it is.
 
     Args:
         library: of the experts.
@@ -146,14 +148,26 @@ def train_clusters(
         model: the base, with whatever head the loss needs; stays as it is.
         batches: name of an expert -> batches of its data, as of `Library.train_gates`.
         rank: of the new experts; default: the largest in the cluster.
-        steps: of each training.
+        steps: of each training, one for each of a cluster's experts at least.
         learning_rate: its peak.
         loss: (model, batch) -> the batch's mean loss; None: the model's own, of batches with labels.
         seed: of the fresh experts.
 
     Raises:
-        CoterieError: an unknown name, an empty cluster, an expert of a cluster without batches, or `out` exists.
+        CoterieError: an unknown name, an empty cluster, an expert of a cluster without batches, experts of a cluster
+            with heads that differ, a model that no adapter can be written for, a number out of range, or `out` exists.
     """
+    import transformers
+
+    if not hasattr(transformers, type(model).__name__):
+        raise CoterieError(
+            f"{type(model).__name__} is no class of transformers", "train_clusters", "give a model of one, and a loss"
+        )
+    if (rank is not None and rank < 1) or steps < max(map(len, clusters), default=1):
+        raise CoterieError(
+            f"rank is {rank} and steps {steps}", "train_clusters", "take a step for each expert at least"
+        )
+    heads = {tuple(names): _common_head([library[name] for name in names]) for names in clusters if len(names) > 1}
     lacking = [name for names in clusters if len(names) > 1 for name in names if name not in batches]
     if lacking:
         raise CoterieError("it has no batches", f"expert {lacking[0]!r}", "give some of its own data")
@@ -167,10 +181,12 @@ def train_clusters(
         skeleton = Skeleton(type(model), model.config)
         paths = {skeleton.layer_in_memory(path): None for expert in experts for path in expert.layers}
         how = MixtureConfig(
-            method="single", experts=[cluster], parameters={"rank": rank or max(ranks)},
-            modules={"include": list(paths), "exclude": []}, also_train=[], seed=seed,
+            method="single", experts=[cluster], parameters={"rank": max(ranks) if rank is None else rank},
+            modules={"include": list(paths), "exclude": []}, also_train=[] if heads[tuple(names)] else None, seed=seed,
         )  # fmt: skip
         mixture = wrap(model, how)
+        if heads[tuple(names)]:
+            put_saved(mixture, experts[0])
         data = [again(batches[name], name) for name in names]
         weights = [p for p in mixture.parameters() if p.requires_grad]
         optimiser = torch.optim.AdamW(weights, learning_rate, weight_decay=0.0)
@@ -178,6 +194,8 @@ def train_clusters(
         for step in range(steps):
             batch = next(data[step % len(data)])
             found = loss(mixture, batch) if loss else mixture(**moved(batch, mixture)).loss
+            if found is None:
+                raise without_loss(names[step % len(data)])
             found.backward()
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimiser.step()
@@ -188,6 +206,25 @@ def train_clusters(
             made.add(cluster, Path(folder) / "adapter", base=made.base.source, **about)
 
     return _library_of(library, clusters, out, fill)
+
+
+def _common_head(experts: Sequence[Expert]) -> bool:
+    """Whether experts hold modules whole, all the same.
+
+    Raises:
+        CoterieError: they hold some that differ.
+    """
+    first, *others = experts
+    for other in others:
+        same = first.saved.keys() == other.saved.keys() and all(
+            torch.equal(first.checkpoint.read(disk), other.checkpoint.read(other.saved[name]))
+            for name, disk in first.saved.items()
+        )
+        if not same:
+            raise CoterieError(
+                f"its head is not that of {first.name!r}", f"expert {other.name!r}", "cluster experts of one head"
+            )
+    return bool(first.saved)
 
 
 def _library_of(

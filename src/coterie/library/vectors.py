@@ -57,7 +57,7 @@ def train_gates(
     for _, batch in zip(range(steps), again(batches, expert.name), strict=False):
         found = loss(mixture, batch) if loss else mixture(**moved(batch, mixture)).loss
         if found is None:
-            raise CoterieError("the model gives no loss", f"gates of {expert.name!r}", "give batches with labels")
+            raise without_loss(expert.name)
         found.backward()
         optimiser.step()
         schedule.step()
@@ -101,7 +101,18 @@ def _alone(model: Any, expert: Expert) -> tuple[Any, dict[str, Any]]:
     with warnings.catch_warnings():  # what the adapter holds whole is put in below
         warnings.filterwarnings("ignore", "expert .* are left out", UserWarning)
         mixture = wrap(model, how, train="routers")
-    named = dict(mixture.named_parameters())
+    put_saved(mixture, expert)
+    skeleton = Skeleton(type(model), model.config)
+    return mixture, {path: mixture.get_submodule(skeleton.layer_in_memory(path)) for path in expert.layers}
+
+
+def put_saved(model: Any, expert: Expert) -> None:
+    """Put what an adapter holds whole (a head) into a model that has such modules.
+
+    Raises:
+        CoterieError: a shape differs.
+    """
+    named = dict(model.named_parameters())
     for name, disk in expert.saved.items():
         if name not in named:
             continue
@@ -113,8 +124,10 @@ def _alone(model: Any, expert: Expert) -> tuple[Any, dict[str, Any]]:
                 "give a model with the head that the expert was trained with",
             )
         named[name].data = value.to(named[name])
-    skeleton = Skeleton(type(model), model.config)
-    return mixture, {path: mixture.get_submodule(skeleton.layer_in_memory(path)) for path in expert.layers}
+
+
+def without_loss(expert: str) -> CoterieError:
+    return CoterieError("the model gives no loss", f"expert {expert!r}", "give batches with labels, or a loss")
 
 
 def again(batches: Iterable[Any], expert: str) -> Iterator[Any]:

@@ -29,6 +29,7 @@ class Context:
         last_losses: what routers added to the last loss, by name.
         untaken: the last training call that had no labels, so that its losses are part of none yet, and its output.
         told: whether a loss without them was warned of.
+        told_of_part: whether training a part alone was.
         compiled_call: the call that is being traced (threads do not exist there).
     """
 
@@ -41,6 +42,7 @@ class Context:
     last_losses: dict[str, torch.Tensor] = field(default_factory=dict)
     untaken: tuple[Call, Any] | None = None
     told: bool = False
+    told_of_part: bool = False
     _calls: dict[int, Call] = field(default_factory=dict)
     _blocks: dict[int, Any] = field(default_factory=dict)
 
@@ -70,9 +72,9 @@ class Context:
 
     def tell_of_part(self, losses: Iterable[str]) -> None:
         """Warn, once, that a part of the model trains by itself, so that its routers' losses are in none."""
-        if self.told or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if self.told_of_part or torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
-        self.told = True
+        self.told_of_part = True
         warnings.warn(
             f"a part of the mixture was called and not the whole, so that the losses of its routers "
             f"({', '.join(losses)}) are not added: call the whole model, or wrap this part as a mixture",

@@ -23,7 +23,7 @@ from .following import Following, carry
 from .kinds import check_routing, is_causal, is_seq2seq
 from .losses import check_classes, example_losses, reward
 from .pooled import rows_of, signals
-from .tokens import by_example, content_hash, counting, frames, mean_of, unless_all
+from .tokens import by_example, content_hash, counted, counting, mean_of, unless_all
 
 INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values")
 # Declared beside the model's own arguments, so that `generate` and the Trainer let them through.
@@ -195,7 +195,7 @@ class Forward:
         tokens = main.shape[1] if main.ndim > 1 else 1
         mask = counting(inputs.get("attention_mask"), inputs.get("past_key_values"), tokens)
         if self._encoder is not None:
-            call.valid = None if mask is None else unless_all(mask)
+            call.valid = None if mask is None else unless_all(counted(self.model, inputs, mask))
             own = inputs.get("decoder_attention_mask")
             if isinstance(own, Tensor) and decoded is not None:
                 call.decoder_valid = own[:, -decoded.shape[1] :].bool()
@@ -205,8 +205,7 @@ class Forward:
                 call.states, call.encoder = encoded[0], mean_of(encoded[0], call.valid)
         elif mask is not None:
             mask = mask[:, -tokens:]
-            speech = inputs.get("input_values") is main and hasattr(self.model, "_get_feat_extract_output_lengths")
-            call.valid = unless_all(frames(self.model, mask, tokens) if speech else mask)
+            call.valid = unless_all(counted(self.model, inputs, mask))
         if self.causal and self.routing.pool in ("prompt", "segment") and not self._decided:
             self._prompt(call, inputs, main, prompt_lengths)
         elif self.causal and self.routing.score == "prepass" and not call.training:

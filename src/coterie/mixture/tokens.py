@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -73,14 +74,24 @@ def content_hash(values: Tensor, valid: Tensor | None) -> Tensor:
     return (mixed * valid).sum(1)
 
 
-def frames(model: Any, mask: Tensor, samples: int) -> Tensor:
-    """(batch, frames) bool, the frames that count, of a model that makes frames of raw samples.
+def counted(model: Any, inputs: dict[str, Any], mask: Tensor) -> Tensor:
+    """(batch, tokens) bool, the tokens of a model's layers that count under the mask of its inputs.
+
+    Of a model that makes frames of raw samples, the frames that are made of samples alone.
 
     Args:
-        model: has transformers' `_get_feat_extract_output_lengths`.
-        mask: (batch, samples) bool, the samples that count.
-        samples: of an input, padding included.
+        model: any; one for speech has transformers' `_get_feat_extract_output_lengths`.
+        inputs: of its forward.
+        mask: (batch, inputs) bool.
     """
-    count = model._get_feat_extract_output_lengths
-    total = int(count(torch.tensor(samples)))
-    return torch.arange(total, device=mask.device) < count(mask.sum(1))[:, None]
+    count = getattr(model, "_get_feat_extract_output_lengths", None)
+    if count is None or not isinstance(inputs.get("input_values"), Tensor):
+        return mask
+    adapter = "add_adapter" in inspect.signature(count).parameters  # what shortens once more, behind all layers
+    squeezed = getattr(model.config, "squeeze_factor", 1)
+
+    def made(samples: Tensor) -> Tensor:
+        return (count(samples, add_adapter=False) if adapter else count(samples)) // squeezed
+
+    total = int(made(torch.tensor(mask.shape[1])))
+    return torch.arange(total, device=mask.device) < made(mask.sum(1))[:, None]

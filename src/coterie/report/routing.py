@@ -21,7 +21,7 @@ DEAD, DOMINANT, MOST = 0.1, 3.0, 0.9
 # Groups are compared one by one up to this many experts; beyond, they grow greedily.
 EXHAUSTIVE = 14
 
-Batch = Mapping[str, Tensor]
+Batch = Mapping[str, Any]
 
 
 @dataclass

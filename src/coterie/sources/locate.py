@@ -13,6 +13,7 @@ from ..errors import CoterieError
 from ..recipe import nearby
 
 # What a build reads of a repository: weights, configuration, tokenizer or processor; never code or pickles.
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
 
 
@@ -67,7 +68,7 @@ def locate(source: str, token: str | None = None, patterns: list[str] = PATTERNS
             raise
         raise CoterieError(f"is not a usable path ({error})", repr(source), "check the path") from None
     repo, _, revision = source.partition("@")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo) or source.startswith((".", os.sep, "~")):
+    if not HUB_ID.fullmatch(repo) or source.startswith((".", os.sep, "~")):
         hint = nearby(path, Path.is_dir) or "check the path, or write ORG/NAME@REVISION"
         raise CoterieError("no such directory, and not a Hub id", source, hint)
     from huggingface_hub import snapshot_download

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 from pathlib import Path
 from typing import Annotated
@@ -36,7 +37,11 @@ def train(
     try:
         report = run(recipe, out, resume=resume, force=force, token=token, quiet=as_json)
     except KeyboardInterrupt:
-        typer.echo(f"coterie: stopped before {out} was complete; --resume goes on from its last checkpoint", err=True)
+        left = any(out.absolute().parent.glob(f".{glob.escape(out.name)}.partial-*"))
+        more = (
+            "--resume goes on from its last checkpoint" if left else "before its first checkpoint, so nothing is left"
+        )
+        typer.echo(f"coterie: stopped; {more}", err=True)
         raise typer.Exit(130) from None
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=1, ensure_ascii=False))

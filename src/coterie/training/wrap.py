@@ -157,9 +157,8 @@ def wrap(model: Any, config: MixtureConfig | None = None, train: Part = "all") -
         if config is not None and config.modules != Modules():
             raise CoterieError("a mixture has its layers", "modules", "leave it out, or wrap the dense model")
         globs = None if config is None else config.also_train
-        also = _also(model, globs)
-        if globs is None and train != "all":
-            also = {name for name in also if _inside(name, model.coterie.spec.heads)}
+        own = {name for name, _ in model.named_parameters() if _inside(name, model.coterie.spec.heads)}
+        also = own if globs is None and train != "all" else _also(model, globs) | (own if globs is None else set())
     else:
         assert config is not None
         also = _also(model, config.also_train)
