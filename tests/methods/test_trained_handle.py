@@ -10,8 +10,9 @@ import torch
 from trained import CAUSAL, KINDS, batch_of, call_of, quick, tasks, wrapped
 
 import coterie
+from coterie.training.wrap import part_of
 from matching import relative_error
-from zoo import base_model
+from zoo import base_model, fine_tune, save
 
 INCLUDE = {"modules": {"include": ["*self.query", "*.output.dense"]}}
 
@@ -242,3 +243,22 @@ def test_routers_read_what_dropout_does_not_touch(method, options):
         assert not torch.equal(logits_of(model, given), first)
         logits_of(model.eval(), given)
         assert all(torch.equal(training[name], gates) for name, gates in trace.items())
+
+
+@pytest.mark.parametrize("train", ["all", "experts", "routers"])
+def test_what_a_mixture_keeps_per_expert_is_trained_along(train, tmp_path):
+    """Also what is no head: a pooler, inside the base model."""
+    base = base_model("bert")
+    save(base, tmp_path / "base")
+    experts = {}
+    for seed, name in enumerate(("a", "b"), start=1):
+        experts[name] = str(save(fine_tune(base, seed, everything=True), tmp_path / name))
+    recipe = {"method": "smile", "base": str(tmp_path / "base"), "experts": experts}
+    recipe |= {"parameters": {"rank": 2, "gate_rank": 2}, "modules": {"exclude": ["*pooler*"]}}
+    recipe |= {"others": {"bert.pooler*": "per_expert", "*": "base"}}
+    coterie.build(recipe, out=tmp_path / "out")
+    mixture = coterie.wrap(coterie.load(tmp_path / "out"), train=train)
+    assert "bert.pooler" in mixture.coterie.spec.heads
+    learns = {name for name, p in mixture.named_parameters() if p.requires_grad and part_of(name) is None}
+    kept = {n for n, _ in mixture.named_parameters() if n.startswith(("bert.pooler.", "classifier."))}
+    assert len(kept) == 2 * 2 * 2 and learns == kept
