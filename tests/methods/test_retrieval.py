@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import ExitStack
 
 import pytest
 import routed
@@ -179,6 +180,30 @@ def test_refusals(made, tmp_path):
         uniform.coterie.retrieve(TEXTS, routed.encoder)
     with mixture.coterie.route("general"):
         mixture(**given)
+
+
+def test_readers_tell_the_texts_unless_somebody_has_decided(made, tmp_path, monkeypatch):
+    from coterie.evaluation.reader import told
+    from coterie.library import encoder
+
+    monkeypatch.setattr(encoder, "minilm", lambda: routed.encoder)
+    mixture, given = routed.build(made, "retriever", tmp_path / "mixture"), routed.batch()
+    uniform = routed.build(made, "uniform", tmp_path / "uniform")
+
+    def logits(*blocks):
+        with torch.no_grad(), ExitStack() as stack:
+            for block in blocks:
+                stack.enter_context(block())
+            return mixture(**given).logits
+
+    retrieved = logits(lambda: mixture.coterie.retrieve(TEXTS, routed.encoder))
+    named = logits(lambda: mixture.coterie.route("general"))
+    assert torch.equal(logits(lambda: told(mixture, TEXTS)), retrieved) and not torch.equal(retrieved, named)
+    assert torch.equal(logits(lambda: mixture.coterie.route("general"), lambda: told(mixture, TEXTS)), named)
+    with told(uniform, [torch.zeros(2)]), torch.no_grad():
+        uniform(**given)
+    with pytest.raises(CoterieError, match="it retrieves by texts, and the inputs are Tensor"):
+        told(mixture, [torch.zeros(2)])
 
 
 def test_several_encoders_are_refused(made, tmp_path):
