@@ -122,11 +122,15 @@ class Experts:
             folder: where the file is, or is made.
 
         Raises:
-            CoterieError: gates or activations of an expert that is no adapter.
+            CoterieError: the task has no training rows; gates or activations of an expert that is no adapter.
         """
         file = folder / f"{digest(self.keys[name], kind)[:16]}.safetensors"
         if file.exists():
             return file
+        if not len(self.tasks[name].train):
+            raise CoterieError(
+                f"has no train rows, of which its {kind!r} statistics are made", f"task {name!r}", "give some"
+            )
         if kind in ("task", "examples"):
             texts = list(self.tasks[name].train.head(EXAMPLES).inputs)
             if not all(isinstance(text, str) for text in texts):
