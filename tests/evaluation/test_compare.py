@@ -131,6 +131,15 @@ def test_routers_that_need_statistics_are_given_them(
     assert not list((copied / "cache" / "models").glob("*"))
 
 
+def test_statistics_need_training_rows(suite: Suite, copied: Path) -> None:
+    """The methods that ask for them say so, and cost no other."""
+    none = Split((), np.zeros(0, dtype=np.int64))
+    bare = replace(suite, tasks=lambda **sizes: tuple(replace(task, train=none) for task in suite.tasks()))
+    found = run(bare, copied, "regmean,average")
+    assert results(found, "average")[0]["skill"]
+    assert results(found, "regmean")[0]["note"].startswith("task 'first': has no train rows, of which its 'gram'")
+
+
 def test_the_choice_is_made_on_validation_rows(suite: Suite, copied: Path) -> None:
     """With the validation rows' targets turned about, another scale is chosen, and the test rows have no say."""
     tasks = suite.tasks()
