@@ -11,8 +11,11 @@ from typing import Annotated, Any
 import typer
 
 from . import __version__
+from .building import commands
 from .errors import CoterieError
+from .evaluation.commands import compare, demo, evaluate
 from .library.commands import app as library
+from .options import Cache, Force, Json, Token, cache_directory, check_device, number, pairs, show, terminal
 from .training.command import train
 
 app = typer.Typer(
@@ -24,12 +27,6 @@ app = typer.Typer(
 )
 app.add_typer(library, name="library")
 app.command()(train)
-
-Out = Annotated[Path, typer.Option("-o", "--out", help="The directory to make; it appears only when it is complete.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace an existing directory.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program instead of tables.")]
-Cache = Annotated[Path | None, typer.Option(help="Where trained experts and finished cells are kept.")]
-Token = Annotated[str | None, typer.Option("--token", help="Hub token; default: the one `hf auth login` stored.")]
 
 
 # Of each command that takes a recipe: the options without which it needs one, and its method by default.
@@ -112,23 +109,23 @@ def build(
 
     keys: dict[str, Any] = {
         "method": method, "base": base, "others": others, "architecture": architecture, "dtype": dtype,
-        "vocabulary": vocabulary, "experts": _pairs(expert, "--expert") if expert else None,
-        "parameters": {k: _number(v) for k, v in _pairs(set_, "--set").items()} if set_ else None,
+        "vocabulary": vocabulary, "experts": pairs(expert, "--expert") if expert else None,
+        "parameters": {k: number(v) for k, v in pairs(set_, "--set").items()} if set_ else None,
     }  # fmt: skip
     given = {k: v for k, v in keys.items() if v is not None}
     if include or exclude:
         given["modules"] = {"include": include or ["*"], "exclude": exclude or []}
     whole = _overridden(recipe, given, read_recipe, "build")
-    _check_device(device)
+    check_device(device)
     if dry_run:
-        _show(plan(whole, token, jobs=jobs, device=device), as_json)
+        show(plan(whole, token, jobs=jobs, device=device), as_json)
         return
     out = _require_free(out, force, resume, "build")
-    console = None if as_json else _console(stderr=True)
+    console = None if as_json else terminal(stderr=True)
     how: dict[str, Any] = {"device": device, "jobs": jobs, "engine": engine, "resume": resume}
     how["max_shard_bytes"] = int(max_shard_gb * 1e9)
     report = run(whole, out, force=force, light=light, token=token, console=console, **how)
-    _show(report, as_json)
+    show(report, as_json)
 
 
 @app.command()
@@ -197,8 +194,8 @@ def merge(
     keys: dict[str, Any] = {
         "method": method, "base": base, "others": others, "head": head, "norm_budget": norm_budget, "seed": seed,
         "architecture": architecture, "dtype": dtype, "vocabulary": vocabulary,
-        "experts": _pairs(expert, "--expert") if expert else None,
-        "parameters": {k: _number(v) for k, v in _pairs(set_, "--set").items()} if set_ else None,
+        "experts": pairs(expert, "--expert") if expert else None,
+        "parameters": {k: number(v) for k, v in pairs(set_, "--set").items()} if set_ else None,
     }  # fmt: skip
     given = {k: v for k, v in keys.items() if v is not None}
     if include or exclude:
@@ -211,17 +208,17 @@ def merge(
             raise CoterieError("a recipe is given beside it", "--mergekit", "give one of them")
         whole, notes = read_mergekit(mergekit, token)
         for note in notes:
-            _console(stderr=True).print(f"! {note}", style="yellow", markup=False)
+            terminal(stderr=True).print(f"! {note}", style="yellow", markup=False)
     whole = _overridden(whole, given, read_merge_recipe, "merge")
     if device != "cpu":
-        _check_device(device)
+        check_device(device)
     if dry_run:
-        _show(plan(whole, token=token, jobs=jobs, device=device), as_json)
+        show(plan(whole, token=token, jobs=jobs, device=device), as_json)
         return
     out = _require_free(out, force, resume, "merge")
     how: dict[str, Any] = {"device": device, "jobs": jobs, "resume": resume, "report": report, "token": token}
     how["max_shard_bytes"] = int(max_shard_gb * 1e9)
-    _show(run(whole, out, force=force, console=None if as_json else _console(stderr=True), **how), as_json)
+    show(run(whole, out, force=force, console=None if as_json else terminal(stderr=True), **how), as_json)
 
 
 @app.command()
@@ -246,12 +243,12 @@ def statistics(
     logging.disable_progress_bar()
     if kind not in ("fisher", "gram"):
         raise CoterieError(f"kind is {kind!r}", "--kind", "known: fisher, gram")
-    _check_device(device)
+    check_device(device)
     found = gather(
         model, data, "gram" if kind == "gram" else "fisher", out, text=text, limit=limit, batch_size=batch_size,
         max_length=max_length, device=device, force=force, token=token,
     )  # fmt: skip
-    _console().print(f"{found.summary()}: {out}", markup=False)
+    terminal().print(f"{found.summary()}: {out}", markup=False)
 
 
 @app.command()
@@ -283,7 +280,7 @@ def inspect(
         if text or suite:
             option = "--text" if text else "--suite"
             raise CoterieError(f"{option} needs a page to show its routing on", "inspect", "add --html report.html")
-        _show(look(directory, token), as_json)
+        show(look(directory, token), as_json)
         return
     from transformers.utils import logging
 
@@ -299,13 +296,13 @@ def inspect(
             f"leave out {'--text' if text else '--suite'}",
         )
     logging.disable_progress_bar()
-    console = _console(stderr=True)
+    console = terminal(stderr=True)
     with console.status("looking inside") as status:
         tasks: Any = []
         if suite:
             from .evaluation.evaluate import routed_tasks
 
-            tasks = routed_tasks(suite, look(directory, token).experts, rows, cache or _cache())
+            tasks = routed_tasks(suite, look(directory, token).experts, rows, cache or cache_directory())
         look_inside(
             directory, html, text or [], tasks, token=token, base=base,
             tell=lambda what: status.update(f"looking at {what}"),
@@ -352,224 +349,15 @@ def methods(
             for p in each.describe() or [dict.fromkeys(("name", "default", "type", "meaning"), "")]:
                 table.add_row(*first, p["name"], str(p["default"]), p["type"], p["meaning"])
                 first = ("", "")
-        _console().print(table)
+        terminal().print(table)
 
 
-@app.command()
-def extract(
-    base: Annotated[str, typer.Argument(help="Directory or Hub id (ID@REVISION) of the base model.")],
-    finetuned: Annotated[str, typer.Argument(help="The same of the full fine-tune.")],
-    out: Out,
-    rank: Annotated[int | None, typer.Option(help="Rank of every layer.")] = None,
-    residual: Annotated[
-        float | None, typer.Option(help="Instead: every layer's rank is the least that leaves this share of its delta.")
-    ] = None,
-    rest: Annotated[
-        str, typer.Option(help="Biases, norms, embeddings and the like: leave them out, or save them whole.")
-    ] = "leave",
-    head: Annotated[str, typer.Option(help="Task heads and output embeddings: leave or save.")] = "leave",
-    include: Annotated[list[str] | None, typer.Option(help="Glob on paths of linear layers to adapt.")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="Glob on paths of linear layers to leave alone.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: the base's.")] = None,
-    vocabulary: Annotated[str, typer.Option(help="base: leave out embeddings of another vocabulary.")] = "error",
-    architecture: Annotated[str | None, typer.Option(help="transformers class. Default: the fine-tune's.")] = None,
-    device: Annotated[str, typer.Option(help="Where deltas are factorised: cpu, cuda, ...")] = "cpu",
-    jobs: Annotated[int | None, typer.Option(help="Layers at a time. Default: the cores.")] = None,
-    force: Force = False,
-    token: Token = None,
-    as_json: Json = False,
-) -> None:
-    """Write a PEFT LoRA adapter of what a full fine-tune changed, and measure what it lacks."""
-    from .building.extract_adapter import extract as run
-
-    _check_device(device)
-    report = run(
-        base, finetuned, out, rank=rank, residual=residual, rest=rest, head=head, include=include, exclude=exclude,
-        dtype=dtype, vocabulary=vocabulary, architecture=architecture, device=device, jobs=jobs, force=force,
-        token=token, console=None if as_json else _console(stderr=True),
-    )  # fmt: skip
-    _show(report, as_json)
-
-
-@app.command("extract-expert")
-def extract_expert(
-    directory: Annotated[str, typer.Argument(help="A mixture directory or Hub id.")],
-    out: Out,
-    name: Annotated[
-        str | None, typer.Argument(help="The expert's name; of LoraHub's one adapter, leave it out.")
-    ] = None,
-    adapter: Annotated[bool, typer.Option("--adapter", help="A PEFT LoRA adapter instead of a dense model.")] = False,
-    base: Annotated[str | None, typer.Option(help="The adapter's base, where the mixture does not name it.")] = None,
-    force: Force = False,
-) -> None:
-    """Give one expert as an ordinary dense model: its linear layers and head; the rest as `others` had it."""
-    from transformers.utils import logging
-
-    from .building.extract import extract_expert as run
-
-    logging.disable_progress_bar()
-    run(directory, name, out, force=force, adapter=adapter, base=base)
-    _console().print(f"{name or directory}: {out}", markup=False)
-
-
-Moved = Annotated[str | None, typer.Option(help="Where the mixture's base is, if it has moved; it is compared.")]
-
-
-@app.command()
-def add(
-    mixture: Annotated[str, typer.Argument(help="A mixture directory or Hub id.")],
-    experts: Annotated[list[str], typer.Argument(metavar="NAME=SOURCE...", help="The further experts.")],
-    out: Out,
-    base: Moved = None,
-    force: Force = False,
-    token: Token = None,
-    as_json: Json = False,
-) -> None:
-    """Add experts to a built mixture; those that it has are taken over, and their sources are not needed."""
-    from .building.extend import add_experts as run
-
-    given = _pairs(experts, "coterie add")
-    console = None if as_json else _console(stderr=True)
-    _show(run(mixture, given, out, base=base, force=force, token=token, console=console), as_json)
-
-
-@app.command()
-def remove(
-    mixture: Annotated[str, typer.Argument(help="A mixture directory or Hub id.")],
-    experts: Annotated[list[str], typer.Argument(metavar="NAME...", help="The experts to leave out.")],
-    out: Out,
-    base: Moved = None,
-    force: Force = False,
-    token: Token = None,
-    as_json: Json = False,
-) -> None:
-    """Take experts out of a built mixture."""
-    from .building.extend import remove_experts as run
-
-    console = None if as_json else _console(stderr=True)
-    _show(run(mixture, experts, out, base=base, force=force, token=token, console=console), as_json)
-
-
-@app.command()
-def compress(
-    base: Annotated[str, typer.Argument(help="Directory or Hub id (ID@REVISION) of the base model.")],
-    expert: Annotated[str, typer.Argument(help="The same of the full fine-tune.")],
-    out: Out,
-    density: Annotated[float, typer.Option(help="Fraction of each tensor's delta that is kept, the largest.")] = 0.1,
-    scale: Annotated[
-        float, typer.Option(help="What is kept becomes this times the delta's standard deviation times its sign.")
-    ] = 1.0,
-    architecture: Annotated[str | None, typer.Option(help="transformers class. Default: the fine-tune's.")] = None,
-    jobs: Annotated[int | None, typer.Option(help="Tensors at a time. Default: the cores.")] = None,
-    force: Force = False,
-    token: Token = None,
-    as_json: Json = False,
-) -> None:
-    """Store a fine-tune as the signs of its largest changes (ComPEFT); build and merge read it as an expert."""
-    from .building.compress import compress as run
-
-    report = run(
-        base, expert, out, density=density, scale=scale, architecture=architecture, jobs=jobs, force=force,
-        token=token, console=None if as_json else _console(stderr=True),
-    )  # fmt: skip
-    _show(report, as_json)
-
-
-@app.command()
-def convert(
-    directory: Annotated[str, typer.Argument(help="A directory or Hub id with pickled weights (*.bin).")],
-    out: Out,
-    force: Force = False,
-) -> None:
-    """Rewrite pickled weights as safetensors (read with weights_only, memory-mapped)."""
-    from .building.convert import convert as run
-
-    _console().print(f"{run(directory, out, force=force)} tensors: {out}", markup=False)
-
-
-@app.command()
-def compare(
-    suite: Annotated[str, typer.Argument(help="text8, text20, vision8, lm4, a group (text8:control), or a YAML.")],
-    out: Out,
-    methods: Annotated[str, typer.Option(help="Mixtures and merges by name, with commas between, or all.")] = "all",
-    experts: Annotated[
-        str | None,
-        typer.Option(help="full, lora (one seed for all), lora-seeds (a seed each), or committed: the suite's own."),
-    ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Sets of experts to train.")] = 1,
-    rows: Annotated[int | None, typer.Option(min=1, help="Test rows of each task, at most.")] = None,
-    validation_rows: Annotated[
-        int | None, typer.Option(min=1, help="Rows of each task that parameters are chosen on, at most.")
-    ] = None,
-    tiny: Annotated[bool, typer.Option("--tiny", help="A few rows and steps, to see that all of it runs.")] = False,
-    cache: Cache = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
-    as_json: Json = False,
-) -> None:
-    """Combine a suite's experts in every way, and write what each keeps of their skill and what it costs."""
-    from .evaluation.compare import compare as run
-
-    result = run(
-        suite, methods, out, experts=experts, seeds=seeds, rows=rows, validation_rows=validation_rows, tiny=tiny,
-        cache=cache or _cache(), device=device, console=_console(stderr=as_json),
-    )  # fmt: skip
-    if as_json:
-        typer.echo(json.dumps(result, indent=1))
-    else:
-        _console().print(f"results.json, .csv, .md and report.html: {out}", markup=False, soft_wrap=True)
-
-
-@app.command("eval")
-def evaluate(
-    sources: Annotated[
-        list[str], typer.Argument(help="SUITE (a name or a YAML), then models; with --lm-eval, models only.")
-    ],
-    lm_eval: Annotated[
-        list[str] | None, typer.Option("--lm-eval", help="A task of lm-evaluation-harness, or its YAML. Repeat it.")
-    ] = None,
-    rows: Annotated[int | None, typer.Option(min=1, help="Test rows of each task, at most.")] = None,
-    cache: Cache = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
-    as_json: Json = False,
-) -> None:
-    """Evaluate models on a suite: `coterie eval SUITE [MODEL]...`; without models, its base and its experts."""
-    if lm_eval:
-        from .evaluation.harness import lm_eval as harness
-        from .evaluation.harness import sheet
-
-        result = harness(sources, lm_eval, device=device, limit=rows)
-    else:
-        from .evaluation.evaluate import evaluate as run
-        from .evaluation.evaluate import sheet
-
-        result = run(sources[0], sources[1:], rows=rows, cache=cache or _cache(), device=device)
-    if as_json:
-        typer.echo(json.dumps(result, indent=1))
-    else:
-        _console().print(sheet(result).rich())
-
-
-@app.command()
-def demo(
-    out: Out = Path("coterie-demo"),
-    full: Annotated[
-        bool, typer.Option("--full", help="From full fine-tunes trained here (up to an hour once).")
-    ] = False,
-    cache: Cache = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
-    as_json: Json = False,
-) -> None:
-    """Run the main job on real material: eight experts of a sentence encoder, one mixture, one table."""
-    from .evaluation.demo import run
-
-    result = run(out=out, full=full, cache=cache or _cache(), device=device, console=_console(stderr=as_json))
-    if as_json:
-        typer.echo(json.dumps(result, indent=1))
-
-
-def _cache() -> Path:
-    """Where trained experts and finished cells are kept by default."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "coterie"
+app.command()(commands.extract)
+app.command("extract-expert")(commands.extract_expert)
+for command in (commands.add, commands.remove, commands.compress, commands.convert, compare):
+    app.command()(command)
+app.command("eval")(evaluate)
+app.command()(demo)
 
 
 def _overridden(recipe: Any, given: dict[str, Any], read: Any, command: str) -> Any:
@@ -601,57 +389,6 @@ def _require_free(out: Path | None, force: bool, resume: bool, command: str) -> 
             raise CoterieError("is finished: nothing of it is left to resume", str(out), "replace it with --force")
         raise CoterieError("exists already", str(out), "choose another directory, or replace it with --force")
     return out
-
-
-def _pairs(given: list[str], option: str) -> dict[str, str]:
-    """NAME=VALUE options as a dict; the name may hold anything but '=', and occurs once."""
-    pairs: dict[str, str] = {}
-    for text in given:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise CoterieError(
-                f"{text!r} has no '='", option, f"write NAME={'SOURCE' if option == '--expert' else 'VALUE'}"
-            )
-        if name in pairs:
-            raise CoterieError(f"{name!r} is given twice", option, "rename one of them")
-        pairs[name] = value
-    return pairs
-
-
-def _number(text: str) -> bool | int | float | str:
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
-
-
-def _check_device(device: str) -> None:
-    import torch
-
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise CoterieError(
-            f"device {device!r} cannot be used ({str(error).splitlines()[0]})", "--device", "use cpu"
-        ) from None
-
-
-def _console(stderr: bool = False) -> Any:
-    from rich.console import Console
-
-    console = Console(stderr=stderr)
-    return console if console.is_terminal else Console(stderr=stderr, width=140)
-
-
-def _show(result: Any, as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps(result.to_dict(), indent=1, ensure_ascii=False))
-    else:
-        _console().print(result.table())
 
 
 def main() -> None:

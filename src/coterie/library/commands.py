@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import CoterieError
+from ..options import Json, Token, number, pairs, terminal
 
 app = typer.Typer(help="Keep adapters of one base model in a library.", no_args_is_help=True)
 
@@ -25,8 +26,6 @@ Label = Annotated[
 ]
 MaxTokens = Annotated[int, typer.Option(help="Longer inputs are cut.", min=1)]
 Moved = Annotated[str | None, typer.Option(help="Where the library's base is, if it has moved.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program instead of tables.")]
-Token = Annotated[str | None, typer.Option("--token", help="Hub token; default: the one `hf auth login` stored.")]
 
 
 @app.command()
@@ -64,12 +63,11 @@ def add(
     as_json: Json = False,
 ) -> None:
     """Copy an adapter into a library, or extract one from a full fine-tune."""
-    from ..cli import _console
     from .store import open
 
     made = open(library, token).add(
         name, source, base=base, rank=rank, residual=residual, rest=rest, head=head, description=description,
-        examples=_lines(examples), console=None if as_json else _console(stderr=True),
+        examples=_lines(examples), console=None if as_json else terminal(stderr=True),
     )  # fmt: skip
     _say(f"{name}: {made.entry.modules} modules, {made.path}", made.to_dict(), as_json)
 
@@ -165,10 +163,9 @@ def combine(
     as_json: Json = False,
 ) -> None:
     """Make a new expert of others by arithmetic of their deltas: `library combine LIB subtract TASK GENERAL`."""
-    from ..cli import _number, _pairs
     from .store import open
 
-    given: dict[str, Any] = {key: _number(value) for key, value in _pairs(set_ or [], "--set").items()}
+    given: dict[str, Any] = {key: number(value) for key, value in pairs(set_ or [], "--set").items()}
     report = open(library, base=base).combine(
         name, operation, experts, rank=rank, description=description, examples=_lines(examples), **given
     )
@@ -309,9 +306,7 @@ def _plain(text: Any) -> Any:
 
 
 def _print(*parts: Any) -> None:
-    from ..cli import _console
-
-    _console().print(*parts, sep="\n")
+    terminal().print(*parts, sep="\n")
 
 
 def _json(data: Any) -> None:
@@ -322,6 +317,4 @@ def _say(text: str, result: Any, as_json: bool = False) -> None:
     if as_json:
         _json(result)
     else:
-        from ..cli import _console
-
-        _console().print(text, markup=False, soft_wrap=True)
+        terminal().print(text, markup=False, soft_wrap=True)

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from ..options import Force, Json, Out, Token
+
 
 def train(
     recipe: Annotated[
@@ -19,13 +21,13 @@ def train(
             "seed."
         ),
     ],
-    out: Annotated[Path, typer.Option("-o", "--out", help="The directory to make; it appears only when complete.")],
+    out: Out,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint of a run that was interrupted.")
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing directory.")] = False,
-    token: Annotated[str | None, typer.Option("--token", help="Hub token; default: the stored one.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for a program instead of tables.")] = False,
+    force: Force = False,
+    token: Token = None,
+    as_json: Json = False,
 ) -> None:
     """Train a mixture: fresh experts and routers in a model, or those of a mixture, from a recipe."""
     from rich.console import Console
