@@ -78,8 +78,8 @@ bench-arrow: $(stamp) ## routing by Arrow against PEFT's
 	@$(single) $(py) benchmarks/arrow.py
 
 bench-routers: $(stamp) ## every router over a drawer of adapters, into docs/routers.md (about two hours; goes on where it was stopped)
-	@$(py) benchmarks/drawer.py
-	@$(py) benchmarks/drawer_page.py
+	@$(py) benchmarks/library_routers.py
+	@$(py) benchmarks/library_routers_page.py
 
 bench-smear: $(stamp) ## learned routers side by side, into docs/smear.md (about two hours; goes on where it was stopped)
 	@$(py) benchmarks/domains.py

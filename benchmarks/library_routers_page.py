@@ -1,8 +1,8 @@
-"""Renders docs/routers.md from what drawer.py wrote to benchmarks/results/drawer.json.
+"""Renders docs/routers.md from what library_routers.py wrote to benchmarks/results/library_routers.json.
 
 What stands between `<!-- drawer -->` and `<!-- end -->` is replaced.
 
-    python benchmarks/drawer_page.py
+    python benchmarks/library_routers_page.py
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def section(result: Result, picture: str) -> str:
     return "\n\n".join(
         (
             f"{own} adapters, {len(result['tasks'])} tasks, {result['rows']} test rows of each; one thread. Command: "
-            "`python benchmarks/drawer.py`; figures in `benchmarks/results/drawer.json`. "
+            "`python benchmarks/library_routers.py`; figures in `benchmarks/results/library_routers.json`. "
             f"Measured with {shown(result['versions'])}.",
             summary(result),
             "*Right expert*: the share of tokens and layers whose largest gate is that of the expert trained on "
@@ -96,7 +96,7 @@ def section(result: Result, picture: str) -> str:
 
 def render(results: Path, page: Path) -> None:
     """Fill the page from the results, and write its picture (in a folder beside it)."""
-    result = json.loads((results / "drawer.json").read_text())
+    result = json.loads((results / "library_routers.json").read_text())
     folder = page.with_suffix("")
     folder.mkdir(exist_ok=True)
     heat_maps(result, folder / "gates.svg")

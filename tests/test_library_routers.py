@@ -25,7 +25,7 @@ def drawer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         pytest.importorskip(package)
     import small
 
-    import drawer
+    import library_routers as drawer
 
     monkeypatch.setattr(small, "LETTERS", {"first": "abcdefgh", "second": "ijklmnop", "third": "qrstuvwx"})
     monkeypatch.setattr(drawer, "SUITE", small.encoder_suite(tmp_path / "suite"))
@@ -38,9 +38,9 @@ def drawer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def run(script: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> dict[str, Any]:
-    out = folder / "drawer.json"
+    out = folder / "library_routers.json"
     given = ["--cache", str(folder / "cache"), "--workers", "1", "--out", str(out), *words]
-    monkeypatch.setattr(sys, "argv", ["drawer.py", *given])
+    monkeypatch.setattr(sys, "argv", ["library_routers.py", *given])
     script.main()
     return json.loads(out.read_text())
 
@@ -58,7 +58,7 @@ def test_every_way_answers_and_reaches_the_page(drawer: Any, tmp_path: Path, mon
     assert result["ways"]["nearest_example"]["entropy"] == 0
     assert result["ways"]["uniform"]["entropy"] == pytest.approx(1, abs=1e-3)
 
-    import drawer_page
+    import library_routers_page as drawer_page
 
     page = tmp_path / "routers.md"
     page.write_text("above\n<!-- drawer -->\nold\n<!-- end -->\nbelow")

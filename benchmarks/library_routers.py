@@ -5,8 +5,10 @@ embeddings of the labels, and a LoRA of rank 16 for each task. The six held out 
 each for its kinship with an expert's task: airports with cities, definitions with words, dates with languages,
 pronunciations with characters, quantities with numbers, foods with compounds.
 
-    python benchmarks/drawer.py         # trains what the cache lacks (an hour); writes benchmarks/results/drawer.json
-    python benchmarks/drawer.py --ways "arrow;smile"     # some only; goes on where it was stopped
+    python benchmarks/library_routers.py         # trains what the cache lacks (an hour), measures for two
+    python benchmarks/library_routers.py --ways "arrow;smile"     # some only; goes on where it was stopped
+
+The figures go to benchmarks/results/library_routers.json.
 """
 
 from __future__ import annotations
@@ -366,7 +368,7 @@ def main() -> None:
     parser.add_argument("--ways", default="all", help=f"some of: {'; '.join(WAYS)} (with semicolons between)")
     parser.add_argument("--cache", type=Path, default=cache)
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="trainings at a time, one thread each")
-    parser.add_argument("--out", type=Path, default=RESULTS / "drawer.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "library_routers.json")
     options = parser.parse_args()
     quiet()
     torch.set_num_threads(1)
