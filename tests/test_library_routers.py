@@ -31,8 +31,8 @@ def drawer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(drawer, "SUITE", small.encoder_suite(tmp_path / "suite"))
     for name, value in {"HELD_OUT": HELD_OUT, "CLUSTERS": 1, "FEW": 4, "BUDGET": 2, "LOOKED_AT": 8}.items():
         monkeypatch.setattr(drawer, name, value)
-    for name in ("MIXED", "JOINT"):
-        monkeypatch.setattr(drawer, name, {"steps": 2, "batch": 4, "learning_rate": 1e-3})
+    monkeypatch.setattr(drawer, "MIXED", {"steps": 2, "batch": 4})
+    monkeypatch.setattr(drawer, "JOINT", {"steps": 2, "batch": 4, "learning_rate": 1e-3})
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     return drawer
 
