@@ -40,7 +40,7 @@ def summary(result: Result) -> str:
         for name, way in ranked
     ]  # fmt: skip
     head = ["way", "asks, beside the adapters, for", "own tasks", "held out", "right expert, %", "entropy",
-            "time, x base", "memory, x base", "seconds to make"]  # fmt: skip
+            "time, x base", "weights, x base", "seconds to make"]  # fmt: skip
     return table(head, rows)
 
 
@@ -81,8 +81,9 @@ def section(result: Result, picture: str) -> str:
             summary(result),
             "*Right expert*: the share of tokens and layers whose largest gate is that of the expert trained on "
             "the task. *Entropy* of a token's gates in a layer: 0 where one expert answers, 1 where all do alike. "
-            "*Time*: processor time of a batch of 128 short texts, over the base's, passes alternating. *Memory*: of "
-            "the weights. *Seconds to make* it from the adapters, with what is gathered, learned or searched for.",
+            "*Time*: processor time of a batch of 128 short texts, over the base's, passes alternating. *Weights*: "
+            "all that it holds (peak memory was not measured). *Seconds to make* it from the adapters, by the clock, with "
+            "what is gathered, learned or searched for.",
             f"![Which expert answers]({picture})",
             "*Mean gates over tokens and layers: rows are tasks, those that no expert was trained on below the line; "
             "columns the experts, in the order of the rows.*",

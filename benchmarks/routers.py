@@ -379,9 +379,8 @@ class Grid:
         names, asked = list(names), set[Run]()
         for _ in self.rates:
             nexts = {self.run(name, rate, 0) for name in names if (rate := self.further(name)) is not None}
-            self._all(
-                sorted(nexts - asked, key=lambda run: names.index(run.name)), jobs
-            )  # a failure is not tried again
+            new = nexts - asked  # a failure is not tried again
+            self._all(sorted(new, key=lambda run: names.index(run.name)), jobs)
             asked |= nexts
         chosen = {name: rate for name in names if (rate := self.rate(name)) is not None}
         self._all([self.run(name, rate, seed) for seed in range(1, self.seeds) for name, rate in chosen.items()], jobs)

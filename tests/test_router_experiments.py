@@ -154,10 +154,9 @@ def test_a_failing_method_costs_no_other(
         return whole(experiment, contender, *rest)
 
     monkeypatch.setattr(routers, "train", train)
-    result = run(
-        domains, "domains", tmp_path, monkeypatch, "--methods", "tag,single", "--seeds", "1", "--rates", "1e-3"
-    )
-    assert "tag, rate 0.001, seed 0: FAILED: ValueError: no such thing" in capsys.readouterr().out
+    words = ("--methods", "tag,single", "--seeds", "1", "--rates", "1e-3,1e-2")
+    result = run(domains, "domains", tmp_path, monkeypatch, *words)
+    assert capsys.readouterr().out.count("tag, rate 0.01, seed 0: FAILED: ValueError: no such thing") == 1
     assert set(result["methods"]) == {"single"}
 
 
