@@ -82,8 +82,8 @@ def section(result: Result, picture: str) -> str:
             "*Right expert*: the share of tokens and layers whose largest gate is that of the expert trained on "
             "the task. *Entropy* of a token's gates in a layer: 0 where one expert answers, 1 where all do alike. "
             "*Time*: processor time of a batch of 128 short texts, over the base's, passes alternating. *Weights*: "
-            "all that it holds (peak memory was not measured). *Seconds to make* it from the adapters, by the clock, with "
-            "what is gathered, learned or searched for.",
+            "all that it holds (peak memory was not measured). *Seconds to make* it from the adapters, by the clock, "
+            "with what is gathered, learned or searched for.",
             f"![Which expert answers]({picture})",
             "*Mean gates over tokens and layers: rows are tasks, those that no expert was trained on below the line; "
             "columns the experts, in the order of the rows.*",
