@@ -38,7 +38,7 @@ test-all: $(stamp) ## every test, the slow ones included
 	@$(single) HF_HUB_OFFLINE=1 $(py) -m pytest -q -n $(JOBS) -m ""
 
 lint: $(stamp) ## ruff: rules and format
-	@$(py) -m ruff check --quiet .
+	@$(py) -m ruff check --quiet --no-cache .
 	@$(py) -m ruff format --quiet --check .
 
 format: $(stamp) ## let ruff mend what it can

@@ -9,13 +9,13 @@ import numpy as np
 import peft
 import pytest
 import torch
+from drawer import deltas, library, raw
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import coterie
 from coterie.cli import app
 from coterie.library.clusters import embeddings
-from drawer import deltas, library, raw
 from zoo import base_model, make_adapter
 
 GROUPS = [["a0", "b0", "c0"], ["a1", "b1"], ["a2"]]

@@ -9,11 +9,11 @@ import sys
 
 import pytest
 import torch
+from drawer import library
 from safetensors.torch import load_file, save_file
 
 import coterie
 from coterie.cli import main
-from drawer import library
 
 
 @pytest.fixture
