@@ -35,12 +35,12 @@ def summary(result: Result) -> str:
             name, way["asks"] or "nothing", percent(way["accuracy"][:own]), percent(way["accuracy"][own:]),
             f"{100 * mean(way['right']):.0f}" if way.get("right") else "–",
             f"{way['entropy']:.2f}" if "entropy" in way else "–",
-            f"{way['ratio']:.2f}", f"{way['parameters']:.2f}", f"{way['seconds']:.0f}",
+            f"{way['ratio']:.2f}", f"{way['memory_mib']:.0f}", f"{way['parameters']:.2f}", f"{way['seconds']:.0f}",
         ]
         for name, way in ranked
     ]  # fmt: skip
     head = ["way", "asks, beside the adapters, for", "own tasks", "held out", "right expert, %", "entropy",
-            "time, x base", "weights, x base", "seconds to make"]  # fmt: skip
+            "time, x base", "memory, MiB", "weights, x base", "seconds to make"]  # fmt: skip
     return table(head, rows)
 
 
@@ -81,9 +81,9 @@ def section(result: Result, picture: str) -> str:
             summary(result),
             "*Right expert*: the share of tokens and layers whose largest gate is that of the expert trained on "
             "the task. *Entropy* of a token's gates in a layer: 0 where one expert answers, 1 where all do alike. "
-            "*Time*: processor time of a batch of 128 short texts, over the base's, passes alternating. *Weights*: "
-            "all that it holds (peak memory was not measured). *Seconds to make* it from the adapters, by the clock, "
-            "with what is gathered, learned or searched for.",
+            "*Time*: processor time of a batch of 128 short texts, over the base's, passes alternating. *Memory*: the "
+            "peak of anonymous memory that answering that batch takes beside the model. *Weights*: all that it holds. "
+            "*Seconds to make* it from the adapters, by the clock, with what is gathered, learned or searched for.",
             f"![Which expert answers]({picture})",
             "*Mean gates over tokens and layers: rows are tasks, those that no expert was trained on below the line; "
             "columns the experts, in the order of the rows.*",

@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent
 HELD_OUT = ("third",)
@@ -25,11 +26,16 @@ def drawer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         pytest.importorskip(package)
     import small
 
+    import adapters
     import library_routers as drawer
 
     monkeypatch.setattr(small, "LETTERS", {"first": "abcdefgh", "second": "ijklmnop", "third": "qrstuvwx"})
-    monkeypatch.setattr(drawer, "SUITE", small.encoder_suite(tmp_path / "suite"))
-    for name, value in {"HELD_OUT": HELD_OUT, "CLUSTERS": 1, "FEW": 4, "BUDGET": 2, "LOOKED_AT": 8}.items():
+    suite = small.encoder_suite(tmp_path / "suite")
+    for script in (drawer, adapters):
+        monkeypatch.setattr(script, "SUITE", suite)
+    monkeypatch.setattr(adapters, "HELD_OUT", HELD_OUT)
+    small_sizes = {"CLUSTERS": 1, "FEW": 4, "BUDGET": 2, "LOOKED_AT": 8}
+    for name, value in {"ADAPTERS": tmp_path / "adapters", "HELD_OUT": HELD_OUT, **small_sizes}.items():
         monkeypatch.setattr(drawer, name, value)
     monkeypatch.setattr(drawer, "MIXED", {"steps": 2, "batch": 4})
     monkeypatch.setattr(drawer, "JOINT", {"steps": 2, "batch": 4, "learning_rate": 1e-3})
@@ -39,7 +45,7 @@ def drawer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def run(script: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> dict[str, Any]:
     out = folder / "library_routers.json"
-    given = ["--cache", str(folder / "cache"), "--workers", "1", "--out", str(out), *words]
+    given = ["--cache", str(folder / "cache"), "--out", str(out), *words]
     monkeypatch.setattr(sys, "argv", ["library_routers.py", *given])
     script.main()
     return json.loads(out.read_text())
@@ -47,6 +53,15 @@ def run(script: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, *words: str)
 
 @pytest.mark.slow
 def test_every_way_answers_and_reaches_the_page(drawer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import adapters
+
+    adapters.main(tmp_path / "cache", drawer.ADAPTERS, 1)
+    for path in sorted(drawer.ADAPTERS.iterdir()):
+        trained = next((tmp_path / "cache" / "experts").glob(f"{path.name}-lora-*")) / adapters.WEIGHTS
+        whole = load_file(trained)
+        for name, half in load_file(path / adapters.WEIGHTS).items():
+            assert half.dtype == torch.float16 and torch.equal(half, whole[name].half())
+        assert str(tmp_path) not in (path / adapters.CONFIG).read_text()
     result = run(drawer, tmp_path, monkeypatch)
     assert result["tasks"] == ["first", "second", "third"] and set(result["ways"]) == set(drawer.WAYS)
     for name, way in result["ways"].items():
@@ -61,10 +76,10 @@ def test_every_way_answers_and_reaches_the_page(drawer: Any, tmp_path: Path, mon
     import library_routers_page as drawer_page
 
     page = tmp_path / "routers.md"
-    page.write_text("above\n<!-- drawer -->\nold\n<!-- end -->\nbelow")
+    page.write_text("above\n<!-- drawer -->\nstale\n<!-- end -->\nbelow")
     drawer_page.render(tmp_path, page)
     text = page.read_text()
-    assert "old" not in text and text.startswith("above") and text.endswith("below")
+    assert "stale" not in text and text.startswith("above") and text.endswith("below")
     assert all(f"| {name} |" in text for name in drawer.WAYS)
     ElementTree.parse(tmp_path / "routers" / "gates.svg")
 
