@@ -187,6 +187,18 @@ def test_torchs_data_parallel_is_refused():
         wrapped("bert", "smear")._replicate_for_data_parallel()  # what DataParallel calls for each device
 
 
+@pytest.mark.parametrize("pool", ["prompt", "segment"])
+def test_a_prompt_in_chunks_is_refused(pool):
+    model, ids = wrapped("llama", "smear", pool=pool).eval(), batch_of("llama")["input_ids"][:1]
+    whole = model.generate(ids, max_new_tokens=2, do_sample=False)
+    assert torch.equal(model.generate(ids, max_new_tokens=2, do_sample=False, prefill_chunk_size=64), whole)
+    with pytest.raises(coterie.CoterieError, match="first chunk alone"):
+        model.generate(ids, max_new_tokens=2, prefill_chunk_size=2)
+    token = wrapped("llama", "switch").eval()
+    whole = token.generate(ids, max_new_tokens=2, do_sample=False)
+    assert torch.equal(token.generate(ids, max_new_tokens=2, do_sample=False, prefill_chunk_size=2), whole)
+
+
 def test_states_of_another_encoder():
     model = wrapped("t5", "hash").eval()
     given = batch_of("t5")

@@ -146,6 +146,22 @@ def test_the_command(mixture: Path, tmp_path: Path, capsys, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["page.html"]
 
 
+def test_a_trained_mixture_shows_no_empty_columns(tmp_path: Path, capsys, monkeypatch):
+    """Nothing was measured in a build that did not happen; its routers have weights of their own."""
+    model = coterie.wrap(base_model("bert"), coterie.MixtureConfig(experts=3, parameters={"rank": 2}))
+    model.save_pretrained(tmp_path / "made")
+    routers = sum(p.numel() for name, p in model.named_parameters() if ".router." in name)
+    page = tmp_path / "page.html"
+    for more in ([], ["--html", str(page)]):
+        monkeypatch.setattr("sys.argv", ["coterie", "inspect", str(tmp_path / "made"), *more])
+        with pytest.raises(SystemExit):
+            main()
+    said = capsys.readouterr().out
+    assert f"{routers:,} in the routers" in said
+    assert all(column not in said for column in ("gate rank", "residual", "source"))
+    assert "energy kept" not in page.read_text()
+
+
 def test_nothing_else_is_replaced(mixture: Path, tmp_path: Path):
     precious = tmp_path / "notes.html"
     precious.write_text("mine")

@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, Trainer, TrainingAr
 
 import coterie
 from matching import relative_error
-from zoo import base_model, inputs, outputs, save
+from zoo import base_model, fine_tune, inputs, outputs, save
 
 
 def wrapped(arch="bert", method="smear", experts=3, base=None, train="all", **parameters):
@@ -142,6 +142,15 @@ def test_a_checkpoint_whose_base_is_nowhere_is_an_error(tmp_path):
         coterie.load(tmp_path / "run/checkpoint-4")
     save(base_model("bert"), tmp_path / "base")
     assert coterie.load(tmp_path / "run/checkpoint-4", base=str(tmp_path / "base")).coterie.expert_names
+
+
+def test_a_checkpoint_refuses_another_base(tmp_path):
+    place = save(base_model("bert"), tmp_path / "base")
+    base = AutoModelForSequenceClassification.from_pretrained(place)
+    trained(wrapped(base=base), tmp_path / "run", save_strategy="steps", save_steps=4)
+    save(fine_tune(base_model("bert"), 3), place)
+    with pytest.raises(coterie.CoterieError, match="fingerprints differ"):
+        coterie.load(tmp_path / "run/checkpoint-4")
 
 
 def test_checkpoints_of_a_built_mixture_load_with_it(tmp_path):

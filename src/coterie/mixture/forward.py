@@ -51,6 +51,9 @@ class Forward:
         self._annealed = [module for module in modules if isinstance(module, Gumbel)]
         self._tasks = next((module.tasks for module in modules if isinstance(module, (Skills, Task))), None)
         model._replicate_for_data_parallel = _no_data_parallel
+        self._whole_prompts = self.causal and routing.pool in ("prompt", "segment") and hasattr(model, "_prefill")
+        if self._whole_prompts:
+            model._prefill = self._prefill
         self._hooks = [
             model.register_forward_pre_hook(self._before_fused, with_kwargs=True),
             model.register_forward_hook(self._after_fused, with_kwargs=True, always_call=True),
@@ -67,6 +70,8 @@ class Forward:
         for hook in self._hooks:
             hook.remove()
         del self.model.forward, self.model._replicate_for_data_parallel
+        if self._whole_prompts:
+            del self.model._prefill
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -291,6 +296,17 @@ class Forward:
         call.continues = True
         call.key = repeated(call.kept[-1], call.batch) if -1 in call.kept else None
         return True
+
+    def _prefill(self, input_ids: Tensor, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+        """Stands in place of the model's own, the step of `generate` that reads the prompt."""
+        size = generation_config.prefill_chunk_size
+        if size is not None and size < input_ids.shape[1]:
+            raise CoterieError(
+                "the routers decide by the whole prompt, and would see its first chunk alone",
+                "prefill_chunk_size",
+                "leave it out",
+            )
+        return type(self.model)._prefill(self.model, input_ids, generation_config, *args, **kwargs)
 
     def _before_fused(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """TRL's trainers put a forward of theirs in this one's place, which calls the base model and makes no loss."""

@@ -20,15 +20,13 @@ def read_light(
     Args:
         location: the light mixture's directory.
         cls: the transformers class that it was built as.
-        named: the base's id, revision and fingerprint.
+        named: the base's id, revision and fingerprint; one without a fingerprint is taken as it is.
         base: where the base is instead, if it has moved.
         token: Hub token.
 
     Raises:
         CoterieError: the base is not the one that the mixture was built on.
     """
-    import transformers
-
     source = base or (f"{named['id']}@{named['revision']}" if named["revision"] else named["id"])
     if not source:
         raise CoterieError(
@@ -48,11 +46,9 @@ def read_light(
             whole = Checkpoint.open(locate(source, token))
             tensors = {name: whole.read(name) for name in whole.tensors}
         return config, tensors | {name: own.read(name) for name in own.tensors}
-    plain = cls.config_class.from_pretrained(locate(source, token).path)
-    plain.id2label, plain.label2id = config.id2label, config.label2id
-    skeleton = Skeleton(getattr(transformers, cls.__name__), plain)
-    view = View(Checkpoint.open(locate(source, token)), skeleton)
-    if named["fingerprint"] not in (None, view.fingerprint()):  # a checkpoint of the Trainer has none
+    view = base_view(locate(source, token), cls, config)
+    skeleton = view.skeleton
+    if named["fingerprint"] not in (None, view.fingerprint()):
         raise CoterieError(
             f"its base is not the one at {source} (their fingerprints differ)",
             str(location.path),
@@ -70,3 +66,12 @@ def read_light(
                 tensors |= {disk: view.checkpoint.read(disk) for disk in view.names_on_disk(name)}
     config.quantization_config = {**spec, "base": None}
     return config, tensors
+
+
+def base_view(location: Location, cls: Any, config: Any) -> View:
+    """The base's tensors, as a class of transformers with the labels of a configuration names them."""
+    import transformers
+
+    plain = cls.config_class.from_pretrained(location.path)
+    plain.id2label, plain.label2id = config.id2label, config.label2id
+    return View(Checkpoint.open(location), Skeleton(getattr(transformers, cls.__name__), plain))

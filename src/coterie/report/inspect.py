@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,7 +26,7 @@ class Inspection:
         sources: per expert, where it was read from, or None where no provenance is recorded.
         layers: module path -> ranks per expert (None: does not touch it), gate rank, parameters of the bank.
         heads: modules kept per expert -> the experts that have one.
-        size: parameters and bytes on disk, and the parameters that the banks take.
+        size: parameters and bytes on disk, and the parameters that the banks and the routers take.
         light: whether it needs its base to run.
         base: the base's id, revision and fingerprint.
         provenance: the recipe, versions and measurements of the build, and per source how many tensors were read, with
@@ -58,36 +59,55 @@ class Inspection:
             + (", light" if self.light else ""),
         )
         head.add_row("base", f"{(self.base or {}).get('id', 'not recorded')}")
-        bank = self.size["bank_parameters"]
+        bank, routers = self.size["bank_parameters"], self.size["router_parameters"]
         head.add_row(
             "size",
-            f"{self.size['parameters']:,} parameters, {self.size['bytes'] / 1e6:.1f} MB; {bank:,} of them in the banks",
+            f"{self.size['parameters']:,} parameters, {self.size['bytes'] / 1e6:.1f} MB; {bank:,} of them in the banks"
+            + (f", {routers:,} in the routers" if routers else ""),
         )
         if self.provenance:
             made = self.provenance["versions"]
             head.add_row("built with", ", ".join(f"{k} {v}" for k, v in made.items()))
-        experts = Table(title=f"{len(self.experts)} experts", title_justify="left", box=None)
-        for column in ("expert", "source", "layers", "ranks", "residual", "heads"):
-            experts.add_column(column, overflow="fold")
         reports = (self.provenance or {}).get("report", {}).get("layers", [])
+        experts = []
         for i, name in enumerate(self.experts):
             ranks = [layer["ranks"][i] for layer in self.layers.values() if layer["ranks"][i] is not None]
             residuals = [r["residuals"][i] for r in reports if r["residuals"][i] is not None]
-            experts.add_row(
-                name,
-                self.sources[i] or "not recorded",
-                str(len(ranks)),
-                ", ".join(sorted({str(r) for r in ranks}, key=lambda r: r.rjust(9))),
-                f"{sum(residuals) / len(residuals):.3f}" if residuals else "-",
-                ", ".join(path for path, owners in self.heads.items() if name in owners) or "shared",
+            experts.append(
+                (
+                    name,
+                    self.sources[i] or "-",
+                    str(len(ranks)),
+                    ", ".join(sorted({str(r) for r in ranks}, key=lambda r: r.rjust(9))),
+                    f"{sum(residuals) / len(residuals):.3f}" if residuals else "-",
+                    ", ".join(path for path, owners in self.heads.items() if name in owners) or "shared",
+                )
             )
-        layers = Table(title=f"{len(self.layers)} mixture layers", title_justify="left", box=None)
-        for column in ("layer", "ranks", "gate rank", "parameters"):
-            layers.add_column(column, overflow="fold")
-        for path, layer in self.layers.items():
-            shown = ", ".join("-" if r is None else str(r) for r in layer["ranks"])
-            layers.add_row(path, shown, str(layer["gate_rank"]), f"{layer['parameters']:,}")
-        return Group(head, experts, layers)
+        layers = [
+            (
+                path,
+                ", ".join("-" if r is None else str(r) for r in layer["ranks"]),
+                str(layer["gate_rank"] or "-"),
+                f"{layer['parameters']:,}",
+            )
+            for path, layer in self.layers.items()
+        ]
+        return Group(
+            head,
+            _told(f"{len(experts)} experts", ("expert", "source", "layers", "ranks", "residual", "heads"), experts),
+            _told(f"{len(layers)} mixture layers", ("layer", "ranks", "gate rank", "parameters"), layers),
+        )
+
+
+def _told(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A table of the columns that say anything."""
+    told = [at for at in range(len(columns)) if any(row[at] != "-" for row in rows)]
+    table = Table(title=title, title_justify="left", box=None)
+    for at in told:
+        table.add_column(columns[at], overflow="fold")
+    for row in rows:
+        table.add_row(*(row[at] for at in told))
+    return table
 
 
 def inspect(source: str, token: str | None = None) -> Inspection:
@@ -107,10 +127,13 @@ def inspect(source: str, token: str | None = None) -> Inspection:
     provenance = location.json("mixture.json")
     recipe = (provenance or {}).get("recipe", {})
     banks: dict[str, int] = {}
+    routers = 0
     for name, info in checkpoint.tensors.items():
         if ".bank." in name and info.dtype.is_floating_point:
             path = name.rpartition(".bank.")[0]
             banks[path] = banks.get(path, 0) + _numel(info.shape)
+        elif (".router." in name or name.startswith("coterie_router.")) and info.dtype.is_floating_point:
+            routers += _numel(info.shape)
     memory_first = list(banks.values()) if len(banks) == len(spec.layers) else [0] * len(spec.layers)
     total = sum(_numel(info.shape) for info in checkpoint.tensors.values() if info.dtype.is_floating_point)
     layers = {}
@@ -132,6 +155,7 @@ def inspect(source: str, token: str | None = None) -> Inspection:
             "parameters": total,
             "bytes": sum(info.bytes for info in checkpoint.tensors.values()),
             "bank_parameters": sum(banks.values()),
+            "router_parameters": routers,
         },
         bool(spec.base),
         spec.base or (provenance or {}).get("base"),

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from ..errors import CoterieError
 
 CHECKPOINT = re.compile(r"checkpoint-\d+")
 
@@ -33,11 +37,10 @@ class SavePretrained:
         from ..mixture.hub import CoterieConfig
 
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        base = {"id": model.name_or_path or "", "revision": None, "fingerprint": None}
         # buffers (of annealing routers, of batch norms) are state of the training as well
         kept = trained | {name for name, _ in model.named_buffers()}
         try:
-            config.quantization_config = CoterieConfig(**{**model.coterie.spec.to_dict(), "base": base})
+            config.quantization_config = CoterieConfig(**{**model.coterie.spec.to_dict(), "base": self.base})
             model._keys_to_ignore_on_save = {*(ignored or ()), *(set(model.state_dict()) - kept)}
             if cached is not None:
                 config.use_cache = self.use_cache  # the Trainer switches it off, and would have it saved so
@@ -46,6 +49,24 @@ class SavePretrained:
             config.quantization_config, model._keys_to_ignore_on_save = complete, ignored
             if cached is not None:
                 config.use_cache = cached
+
+    @cached_property
+    def base(self) -> dict[str, str | None]:
+        """The base's id, revision and fingerprint, as far as there are such: it may have been no directory."""
+        import transformers
+
+        from ..mixture.light import base_view
+        from ..sources.locate import locate
+        from .finish import is_mixture
+
+        model = self.model
+        revision = getattr(model.config, "_commit_hash", None)
+        found: dict[str, str | None] = {"id": model.name_or_path or "", "revision": revision, "fingerprint": None}
+        with suppress(CoterieError, OSError):  # a loss of the check, not of the run
+            place = locate(f"{found['id']}@{revision}" if revision else model.name_or_path)
+            if hasattr(transformers, type(model).__name__) and not is_mixture(place):
+                found["fingerprint"] = base_view(place, type(model), model.config).fingerprint()
+        return found
 
 
 def forgive(model: Any, keys: Any) -> None:
