@@ -14,7 +14,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-from page import ROOT, shown, table
+from page import ROOT, filled, shown, table
 from pictures import _save
 
 Result = dict[str, Any]
@@ -101,9 +101,7 @@ def render(results: Path, page: Path) -> None:
     folder = page.with_suffix("")
     folder.mkdir(exist_ok=True)
     heat_maps(result, folder / "gates.svg")
-    before, _, rest = page.read_text().partition("<!-- drawer -->")
-    after = rest.partition("<!-- end -->")[2]
-    page.write_text(f"{before}<!-- drawer -->\n\n{section(result, f'{folder.name}/gates.svg')}\n\n<!-- end -->{after}")
+    page.write_text(filled(page.read_text(), "drawer", section(result, f"{folder.name}/gates.svg")))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,12 @@ TRIED = Path(__file__).with_name("tried.md")  # what a measurement cannot say of
 Account = dict[str, Any]
 
 
+def filled(text: str, place: str, content: str) -> str:
+    """A page with what stands between a place's mark and the next `<!-- end -->` replaced."""
+    before, _, rest = text.partition(f"<!-- {place} -->")
+    return f"{before}<!-- {place} -->\n\n{content}\n\n<!-- end -->{rest.partition('<!-- end -->')[2]}"
+
+
 def table(head: list[str], rows: Iterable[list[str]]) -> str:
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -15,7 +15,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-from page import ROOT, shown, table
+from page import ROOT, filled, shown, table
 from pictures import _new, _save
 
 NAMES = {
@@ -219,11 +219,7 @@ def render(results: Path, page: Path) -> None:
     for experiment, write in (("domains", section), ("tasks", section), ("learned", costs)):
         path = results / f"{experiment}.json"
         if path.exists():
-            filled = (
-                f"<!-- {experiment} -->\n\n{write(json.loads(path.read_text()), experiment, folder)}\n\n<!-- end -->"
-            )
-            before, _, after = text.partition(f"<!-- {experiment} -->")
-            text = before + filled + after.partition("<!-- end -->")[2]
+            text = filled(text, experiment, write(json.loads(path.read_text()), experiment, folder))
     page.write_text(text)
 
 
