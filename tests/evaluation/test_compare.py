@@ -128,7 +128,13 @@ def test_routers_that_need_statistics_are_given_them(
     told = {row["task"]: row["skill"] for row in rows["nearest_example"] if row["others"] == "base"}
     assert told == {"known": expert, "not known": expert}  # the letters tell the tasks apart
     assert found["comparisons"][0]["routing"]["nearest_example"] == [1.0, 1.0]
-    assert not list((copied / "cache" / "models").glob("*"))
+    models = copied / "cache" / "models"
+    assert [path.name for path in models.iterdir()] == ["vectors"]
+    kept = {path: path.stat().st_mtime_ns for path in models.rglob("*.safetensors")}
+    assert len(kept) == 4 * 2  # of each method and expert
+    again = run(suite, copied, "phatgoose", experts="lora", tiny=True, grids={"phatgoose": [{"top_k": 1}]})
+    assert results(again, "phatgoose")[0]["skill"]
+    assert {path: path.stat().st_mtime_ns for path in models.rglob("*.safetensors")} == kept
 
 
 def test_statistics_need_training_rows(suite: Suite, copied: Path) -> None:

@@ -130,7 +130,7 @@ def _left(out: Path, identity: Mapping[str, Any] | None) -> tuple[Path | None, B
                 raise CoterieError(
                     f"the build that was interrupted cannot be gone on with, for this changed: {'; '.join(different)}",
                     str(out),
-                    "undo the change, or build anew without --resume",
+                    "undo the change, or begin anew: leave out --resume (resume=True)",
                 )
             found = folder, lock
             continue

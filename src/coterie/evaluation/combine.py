@@ -124,13 +124,15 @@ class Experts:
         Raises:
             CoterieError: the task has no training rows; gates or activations of an expert that is no adapter.
         """
-        file = folder / f"{digest(self.keys[name], kind)[:16]}.safetensors"
+        data = [self.tasks[name].key, weights_sha256(self.reader.base), self.reader.settings]
+        file = folder / f"{digest(self.keys[name], kind, *data)[:16]}.safetensors"
         if file.exists():
             return file
         if not len(self.tasks[name].train):
             raise CoterieError(
                 f"has no train rows, of which its {kind!r} statistics are made", f"task {name!r}", "give some"
             )
+        folder.mkdir(parents=True, exist_ok=True)
         if kind in ("task", "examples"):
             texts = list(self.tasks[name].train.head(EXAMPLES).inputs)
             if not all(isinstance(text, str) for text in texts):
@@ -233,14 +235,15 @@ def combined(way: Way, experts: Experts, folder: Path) -> Iterator[Callable[[], 
     Args:
         way: method and parameters.
         experts: what is combined.
-        folder: where its directory stands for the time of the block.
+        folder: where its directory stands for the time of the block; vectors that routers hold of an expert's data
+            are kept in it, by the code that makes them.
     """
     out = folder / digest(way.key, list(experts.keys.values()))[:16]
-    statistics = out.with_name(f"{out.name}-statistics")
+    moments, vectors = out.with_name(f"{out.name}-moments"), folder / "vectors" / source_key(way.method)[:16]
 
     @cache
     def make() -> tuple[nn.Module, dict[str, Any]]:
-        given = recipe(way, experts, statistics)
+        given = recipe(way, experts, vectors if is_mixture(way.method) else moments)
         record: dict[str, Any] = {"warnings": [], "overlap": None, "chance": None}
         if is_mixture(way.method):
             report: Any = coterie.build(given, out=out, force=True)
@@ -257,7 +260,7 @@ def combined(way: Way, experts: Experts, folder: Path) -> Iterator[Callable[[], 
         yield make
     finally:
         shutil.rmtree(out, ignore_errors=True)
-        shutil.rmtree(statistics, ignore_errors=True)
+        shutil.rmtree(moments, ignore_errors=True)
 
 
 def recipe(way: Way, experts: Experts, folder: Path | None = None) -> dict[str, Any]:
@@ -268,7 +271,6 @@ def recipe(way: Way, experts: Experts, folder: Path | None = None) -> dict[str, 
     else:
         needs = merges.get(way.method).needs
     if needs and folder:
-        folder.mkdir(parents=True, exist_ok=True)
         sources = {
             n: {"source": s, "statistics": str(experts.statistics(n, needs, folder))} for n, s in sources.items()
         }
