@@ -89,6 +89,16 @@ def arrow(k: int, temperature: float = 1.0) -> Gate:
     return gate
 
 
+def smile(k: int, gate_rank: int) -> Gate:
+    """Tang et al. 2024: the norm of x on the delta's leading right singular vectors."""
+
+    def gate(x: Tensor, experts: list[Factors]) -> Tensor:
+        leading = [torch.linalg.svd(b @ a)[2][:gate_rank] for a, b in experts]
+        return softmax_top_k(torch.stack([(x @ v.T).norm(dim=-1) for v in leading], -1), k, 1.0)
+
+    return gate
+
+
 def spectr(k: int, temperature: float = 1.0) -> Gate:
     """Fleshman & Van Durme 2025: `|delta_i x|`."""
 

@@ -15,10 +15,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "arrow": {"top_k": 2},
     "arrow_factors": {"top_k": 2},
     "spectr": {"top_k": 2},
+    "smile": {"rank": 6, "gate_rank": 2, "top_k": 2},
     "uniform": {},
     "oracle": {},
 }
-POOLED = [(method, {**METHODS[method], "pool": "prompt"}) for method in ("arrow", "arrow_factors", "spectr")]
+POOLED = [(method, {**METHODS[method], "pool": "prompt"}) for method in ("arrow", "arrow_factors", "spectr", "smile")]
 CASES = [*METHODS.items(), *POOLED]
 TASKS = torch.tensor([1, 0, 2])
 

@@ -1,4 +1,4 @@
-"""SpectR against its formula in float64."""
+"""SpectR against its formula in float64, and SMILE where it decides for more than a token."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from naive_library import apart, batch, drawer, mixture_of, spectr
+from naive_library import Gate, apart, batch, drawer, mixture_of, smile, spectr
 
 import coterie
 
@@ -32,15 +32,22 @@ def test_equals_the_formula(arch: str, drawers: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("arch", "pool"), [("bert", "sequence"), ("llama", "prompt")])
-def test_pools(arch: str, pool: str, drawers: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "parameters", "gate"),
+    [("spectr", {"top_k": 2}, spectr(2)), ("smile", {"rank": 6, "gate_rank": 2, "top_k": 2}, smile(2, 2))],
+    ids=["spectr", "smile"],
+)
+def test_pools(
+    method: str, parameters: dict[str, Any], gate: Gate, arch: str, pool: str, drawers: Any, tmp_path: Path
+) -> None:
     recipe, given, more = drawers[arch], batch(arch), {}
     read = given["attention_mask"].bool()
     if pool == "prompt":
         more = {"prompt_lengths": torch.tensor([4, 2, 3])}
         read = read & (read.cumsum(1) <= more["prompt_lengths"][:, None])
-    coterie.build(method="spectr", parameters={"top_k": 2, "pool": pool}, out=tmp_path / "m", **recipe)
+    coterie.build(method=method, parameters={**parameters, "pool": pool}, out=tmp_path / "m", **recipe)
     got = coterie.load(str(tmp_path / "m")).double()
-    assert apart(arch, got, mixture_of(arch, recipe, spectr(2), read=read), given, **more) < 1e-5
+    assert apart(arch, got, mixture_of(arch, recipe, gate, read=read), given, **more) < 1e-5
 
 
 def test_weights_scale_deltas_and_not_scores(drawers: Any, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from ..experts.fit import TruncatedSVD
 from ..routing.router import Routing
+from .parts import LibraryPool
 from .registry import Mixture, method
 
 if TYPE_CHECKING:
@@ -23,11 +24,12 @@ def assemble(
     ] = 32,
     gate_rank: Annotated[int, Field(ge=1, description="leading right singular directions that score an expert")] = 16,
     top_k: Annotated[int, Field(ge=1, description="experts that answer a token")] = 1,
+    pool: LibraryPool = "token",
 ) -> Mixture:
     """Experts are truncated SVDs of the deltas; a token goes where its energy lies. No data, no training."""
     return Mixture(
         experts=TruncatedSVD(rank, gate_rank),
-        routing=Routing(score="subspace_energy", select="top_k", k=top_k),
+        routing=Routing("subspace_energy", "top_k", top_k, pool),
     )
 
 
@@ -37,7 +39,7 @@ def smile(base: nn.Module, experts: dict[str, nn.Module], **options: Any) -> Any
     Args:
         base: the base model, any `nn.Module`.
         experts: name -> fine-tuned copy of the base, of the same architecture.
-        **options: the method's parameters (`rank`, `gate_rank`, `top_k`) and the recipe's `others`, `include`,
+        **options: the method's parameters (`rank`, `gate_rank`, `top_k`, `pool`) and the recipe's `others`, `include`,
             `exclude` and `weights` (name -> factor on the expert's delta).
 
     Returns:
