@@ -139,8 +139,8 @@ class Drawer:
             model among it; `parameters` over the base's; `seconds` of making it, with what is learned or searched for;
             and of what routes, on LOOKED_AT rows a task:
             `gates` (tasks, experts), means over tokens and layers; `right`, for each expert's task the share of
-            tokens and layers whose largest gate is its expert's; `entropy` of a token's gates in a layer, as a share
-            of what it can be.
+            tokens and layers whose largest gate is its expert's (of n that are equally large, the n-th part);
+            `entropy` of a token's gates in a layer, as a share of what it can be.
         """
         with ExitStack() as stack:
             start = perf_counter()
@@ -333,8 +333,9 @@ class Drawer:
                         total += each.mean(0)
                         seen += 1
                         entropy += float(over_tokens(torch.special.entr(shares).sum(-1, keepdim=True), mask).mean())
-                        own = (found.argmax(-1, keepdim=True) == number).float()
-                        hits += float(over_tokens(own, mask).mean())
+                        largest = found == found.amax(-1, keepdim=True)
+                        own = largest[..., number : number + 1] / largest.sum(-1, keepdim=True)
+                        hits += float(over_tokens(own, mask).sum() / len(rows))
             gates.append((total / seen).tolist())
             entropies.append(entropy / seen / np.log(max(experts, 2)))
             if number < len(self.names) and not fewer:
@@ -381,7 +382,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ways", default="all", help=f"some of: {'; '.join(WAYS)} (with semicolons between)")
     parser.add_argument("--cache", type=Path, default=cache_directory())
-    parser.add_argument("--out", type=Path, default=RESULTS / "library_routers.json")
+    parser.add_argument("--out", type=Path, help="default: results/library_routers.json; of some ways, build/")
     options = parser.parse_args()
     quiet()
     torch.set_num_threads(1)
@@ -390,6 +391,9 @@ def main() -> None:
     unknown = set(chosen := list(WAYS) if options.ways == "all" else options.ways.split(";")) - set(WAYS)
     if unknown:
         parser.error(f"unknown: {'; '.join(unknown)}; known: {'; '.join(WAYS)}")
+    name = "library_routers.json"
+    out = options.out or (RESULTS / name if options.ways == "all" else Path("build") / name)
+    out.parent.mkdir(parents=True, exist_ok=True)
     experiment = drawer(options.cache)
     result: dict[str, Any] = {
         "tasks": [task.name for task in experiment.tasks], "held_out": len(HELD_OUT), "rows": ROWS,
@@ -416,8 +420,8 @@ def main() -> None:
         own, held = np.split(np.array(kept[name]["accuracy"], dtype=float), [-len(HELD_OUT)])
         print(f"{name}: {100 * own.mean():.1f}, held out {100 * held.mean():.1f}", flush=True)
         result["ways"] = {each: kept[each] for each in WAYS if each in kept}
-        options.out.write_text(compact(result) + "\n")
-    print(f"written: {options.out}")
+        out.write_text(compact(result) + "\n")
+    print(f"written: {out}")
 
 
 if __name__ == "__main__":

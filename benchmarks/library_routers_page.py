@@ -76,14 +76,16 @@ def section(result: Result, picture: str) -> str:
     return "\n\n".join(
         (
             f"{own} adapters, {len(result['tasks'])} tasks, {result['rows']} test rows of each; one thread. Command: "
-            "`python benchmarks/library_routers.py`; figures in `benchmarks/results/library_routers.json`. "
+            "`make bench-routers`; figures in `benchmarks/results/library_routers.json`. "
             f"Measured with {shown(result['versions'])}.",
             summary(result),
             "*Right expert*: the share of tokens and layers whose largest gate is that of the expert trained on "
-            "the task. *Entropy* of a token's gates in a layer: 0 where one expert answers, 1 where all do alike. "
-            "*Time*: processor time of a batch of 128 short texts, over the base's, passes alternating. *Memory*: the "
-            "peak of anonymous memory that answering that batch takes beside the model. *Weights*: all that it holds. "
-            "*Seconds to make* it from the adapters, by the clock, with what is gathered, learned or searched for.",
+            "the task; of n that are equally large, the n-th part. *Entropy* of a token's gates in a layer: 0 where "
+            "one expert answers, 1 where all do alike. *Time*: processor time of a batch of 128 rows of the first "
+            "task, over the base's, passes alternating. *Memory*: the peak of anonymous memory that answering that "
+            "batch takes beside the model. *Weights*: all that the model holds; the encoder by which retrieval reads "
+            "texts, here as large as the base, is not among them. *Seconds to make* it from the adapters, by the "
+            "clock, with what is gathered, learned or searched for.",
             f"![Which expert answers]({picture})",
             "*Mean gates over tokens and layers: rows are tasks, those that no expert was trained on below the line; "
             "columns the experts, in the order of the rows.*",

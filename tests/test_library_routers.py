@@ -98,6 +98,8 @@ def test_what_routes_to_the_right_expert(drawer: Any, tmp_path: Path) -> None:
         model = make()[0]
         with model.coterie.route({"first": 3.0, "second": 1.0}):
             seen = made.look(made.same(model), 2, fewer=False)
+        with model.coterie.route({"first": 1.0, "second": 1.0}):
+            assert made.look(made.same(model), 2, fewer=False)["right"] == [0.5, 0.5]
     assert np.allclose(seen["gates"], [[0.75, 0.25]] * 3)
     assert seen["right"] == [1.0, 0.0]
     assert seen["entropy"] == pytest.approx(-(0.75 * np.log(0.75) + 0.25 * np.log(0.25)) / np.log(2), abs=1e-5)

@@ -111,7 +111,7 @@ def test_what_cannot_be_put_in(kind, tensors, says, shelf):
 def test_what_nobody_made_is_an_error(shelf):
     with pytest.raises(CoterieError, match="has no 'gate' statistics"):
         shelf.statistics("task", "gate")
-    with pytest.raises(CoterieError, match="with embed"):
+    with pytest.raises(CoterieError, match="library embed"):
         shelf.statistics("task", "description")
 
 

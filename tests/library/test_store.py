@@ -101,6 +101,25 @@ def test_a_full_fine_tune_is_extracted(how, drawer, tmp_path):
     assert not made.verify() and expert.checkpoint.tensors
 
 
+def test_a_whole_directory_is_added(drawer, tmp_path):
+    """Known names are left alone, so that it can be called again."""
+    adapters, names = tmp_path / "adapters", sorted(NAMES)
+    for name in names:
+        shutil.copytree(getattr(drawer, name), adapters / name)
+    (adapters / "no adapter").mkdir()
+    made, said = coterie.library.create(tmp_path / "library", drawer.base), []
+    (adapters / names[-1] / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(coterie.CoterieError, match=names[-1]):
+        made.add_all(adapters, say=said.append)
+    assert said == list(made) == names[:-1]
+    shutil.rmtree(adapters / names[-1])
+    shutil.copytree(getattr(drawer, names[-1]), adapters / names[-1])
+    assert made.add_all(adapters) == names[-1:]
+    assert made.add_all(adapters) == []
+    with pytest.raises(coterie.CoterieError, match="no directory of an adapter"):
+        made.add_all(drawer.base)
+
+
 def test_removed_is_gone_and_the_name_is_free(drawer, tmp_path):
     made = library(drawer, tmp_path / "library", "task", "general")
     folder = made["task"].path

@@ -171,12 +171,15 @@ def test_refusals(made, tmp_path):
         mixture(**given)
     with pytest.raises(CoterieError, match="embedded by 'encoder'"):
         mixture.coterie.retrieve(TEXTS, lambda texts: routed.encoder(texts))
-    with pytest.raises(CoterieError, match="no list of texts"):
+    with pytest.raises(CoterieError, match="one text is given"):
         mixture.coterie.retrieve("a text", routed.encoder)
-    with mixture.coterie.retrieve(TEXTS[:2], routed.encoder), pytest.raises(CoterieError, match="another batch"):
+    with (
+        mixture.coterie.retrieve(TEXTS[:2], routed.encoder),
+        pytest.raises(CoterieError, match="1 for each of 2"),
+    ):
         mixture(**given)
     uniform = routed.build(made, "uniform", tmp_path / "uniform")
-    with pytest.raises(CoterieError, match="retrieves nothing"):
+    with pytest.raises(CoterieError, match="does not route by retrieval"):
         uniform.coterie.retrieve(TEXTS, routed.encoder)
     with mixture.coterie.route("general"):
         mixture(**given)

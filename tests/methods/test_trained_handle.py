@@ -101,9 +101,12 @@ def test_gates_per_token():
         logits_of(by_token, given)
     assert all(torch.allclose(found, gates) for found in trace.values())
     by_example = wrapped("bert", "smear", **INCLUDE).eval()
-    with by_example.coterie.route(gates), pytest.raises(coterie.CoterieError, match="take one decision an example"):
+    with by_example.coterie.route(gates), pytest.raises(coterie.CoterieError, match="7 for each of 3"):
         logits_of(by_example, given)
-    with by_example.coterie.route(["expert 0"] * 2), pytest.raises(coterie.CoterieError, match="for another batch"):
+    with (
+        by_example.coterie.route(["expert 0"] * 2),
+        pytest.raises(coterie.CoterieError, match="1 for each of 2"),
+    ):
         logits_of(by_example, given)
 
 

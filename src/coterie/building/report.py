@@ -79,8 +79,9 @@ class BuildReport:
 
     @property
     def overlap(self) -> tuple[float, float] | None:
-        """(mean overlap of the experts' gate subspaces over layers, what chance would give); None with one expert."""
-        pairs = [(layer.overlap, layer.chance) for layer in self.layers if layer.overlap is not None]
+        """(mean overlap of the experts' gate subspaces over layers, what chance would give); None with one expert, or
+        without such subspaces."""
+        pairs = [(each.overlap, each.chance) for each in self.layers if each.overlap is not None and each.gate_rank]
         if not pairs:
             return None
         return sum(p[0] for p in pairs) / len(pairs), sum(p[1] for p in pairs) / len(pairs)
@@ -183,7 +184,7 @@ class BuildReport:
                 str(len(layers)),
                 shape,
                 ", ".join(ranks),
-                ", ".join(map(str, gates)),
+                ", ".join(str(gate or "-") for gate in gates),
                 spread(norms),
                 spread(residuals),
                 f"{sum(layer.parameters for layer in layers):,}",

@@ -21,10 +21,10 @@ from .kept import KeptExpert
 
 HOW = {
     "gate": "train it: `coterie library train-gates`, or library.train_gates",
-    "activation": "gather it with library.average_activation",
-    "task": 'add its examples, and call library.embed(encoder, "task")',
-    "examples": 'add its examples, and call library.embed(encoder, "examples")',
-    "description": 'add its description, and call library.embed(encoder, "description")',
+    "activation": "gather it: `coterie library average-activation`, or library.average_activation",
+    "task": "add it with examples, and embed them: `coterie library embed --kind task`, or library.embed",
+    "examples": "add it with examples, and embed them: `coterie library embed --kind examples`, or library.embed",
+    "description": "add it with a description, and embed it: `coterie library embed --kind description`",
 }
 """How an expert gets statistics of a kind."""
 

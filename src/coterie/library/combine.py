@@ -147,7 +147,7 @@ def _check(how: Operation, experts: Sequence[Expert], rank: int | None) -> None:
     least, most = how.experts
     if len(experts) < least or (most is not None and len(experts) > most):
         wanted = f"{least}" if most == least else f"{least} or more"
-        raise CoterieError(f"{len(experts)} experts are given", how.name, f"it takes {wanted}")
+        raise CoterieError(f"{len(experts)} given", f"the experts of {how.name}", f"it takes {wanted}")
     if rank is not None and (not isinstance(rank, int) or rank < 1):
         raise CoterieError(f"rank is {rank!r}", how.name, "give a whole number >= 1")
     for expert in experts:

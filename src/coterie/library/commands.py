@@ -72,6 +72,26 @@ def add(
     _say(f"{name}: {made.entry.modules} modules, {made.path}", made.to_dict(), as_json)
 
 
+@app.command("add-all")
+def add_all(
+    library: Where,
+    directory: Annotated[Path, typer.Argument(help="The directory that holds the adapters' directories.")],
+    base: Annotated[
+        str | None, typer.Option(help="Their base, where adapters do not say where that is; it is compared.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Copy every adapter of a directory into a library, under its directory's name; known names are left alone."""
+    from .store import open
+
+    def say(name: str) -> None:
+        if not as_json:
+            _say(f"{name}: added", None)
+
+    added = open(library).add_all(directory, base=base, say=say)
+    _say(f"{len(added)} experts were added", {"added": added}, as_json)
+
+
 @app.command()
 def remove(library: Where, name: Name, as_json: Json = False) -> None:
     """Take an expert out of a library."""
@@ -237,7 +257,7 @@ def embed(
     from .store import open
 
     made = open(library).embed(minilm(), kind)
-    _say(f"{made} experts were embedded, the others had been", {"embedded": made}, as_json)
+    _say(f"{made} experts were embedded; what had been before was left", {"embedded": made}, as_json)
 
 
 @app.command()

@@ -125,9 +125,8 @@ class Expert:
     def require_factors(self) -> None:
         """Raise CoterieError if it changes a linear layer by more than a plain pair of factors."""
         if self.refused:
-            path, why = next(iter(self.refused.items()))
             raise CoterieError(
-                f"it is no plain pair of factors on {path!r} ({why})",
+                next(iter(self.refused.values())),
                 f"expert {self.name!r}",
                 "merge it into its base, and add the result with a rank",
             )

@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -33,6 +33,7 @@ from ..building.extract_adapter import extract
 from ..building.finish import versions
 from ..building.inputs import Inputs, open_inputs
 from ..building.journal import LOCK as HELD
+from ..building.statistics import HOW
 from ..errors import CoterieError
 from ..merging.statistics import Batch
 from ..recipe import read_recipe
@@ -87,6 +88,8 @@ def create(path: str | Path, base: str | Path, token: str | None = None) -> Libr
     Raises:
         CoterieError: the directory exists, or the base cannot be read.
     """
+    if os.path.lexists(path):
+        raise CoterieError("exists already", str(path), "choose another directory, or add to the library that is there")
     place = locate(str(base), token)
     with whole_directory(Path(path), sources=[place.path]) as folder:
         (folder / EXPERTS).mkdir()
@@ -275,6 +278,35 @@ class Library:
             draft.facts |= {"description": description, "examples": list(examples)}
             draft.facts["provenance"] = {"rank": rank, "residual": residual} if draft.kind == "extracted" else {}
         return self[name]
+
+    def add_all(
+        self, directory: str | Path, *, base: str | Path | None = None, say: Callable[[str], None] | None = None
+    ) -> list[str]:
+        """Add every PEFT adapter that stands in a directory, under its own directory's name.
+
+        Those whose names are here already are left alone, so that what was stopped, or met an adapter that cannot be
+        added, goes on when it is called again.
+
+        Args:
+            directory: that holds the adapters' directories.
+            base: as in `add`, of all.
+            say: told the name of each, once it is here.
+
+        Returns:
+            The names that were added, in order.
+
+        Raises:
+            CoterieError: no adapter stands there; one cannot be added: those before it are here.
+        """
+        found = sorted(config.parent for config in Path(directory).glob(f"*/{ADAPTER[0]}"))
+        if not found:
+            raise CoterieError("holds no directory of an adapter", str(directory), "give the directory above them")
+        new = [place for place in found if place.name not in self]
+        for place in new:
+            self.add(place.name, place, base=base)
+            if say is not None:
+                say(place.name)
+        return [place.name for place in new]
 
     def combine(
         self,
@@ -489,7 +521,7 @@ class Library:
             if facts.get("weights") == weights:
                 return tensors
         if kind not in statistics.OF_WEIGHTS:
-            mend = "make them with embed" if kind in ("description", "examples", "task") else "put them in with put"
+            mend = HOW.get(kind, f"put them in with put; what is computed: {', '.join(statistics.OF_WEIGHTS)}")
             raise CoterieError(f"has no {kind!r} statistics", f"expert {name!r}", mend)
         expert.require_factors()
         compute = statistics.OF_WEIGHTS[kind]
@@ -588,7 +620,9 @@ class Library:
         if len(lacking) == len(todo) or (names and lacking):
             what = "examples" if kind != "description" else "description"
             raise CoterieError(
-                f"has no {what} to embed", f"expert {lacking[0]!r}" if lacking else self._where, "add it"
+                f"has no {what} to embed",
+                f"expert {lacking[0]!r}" if lacking else self._where,
+                f"remove it, and add it again with its {what}",
             )
         made = 0
         for name, texts in todo.items():

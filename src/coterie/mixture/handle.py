@@ -203,7 +203,9 @@ class Handle:
         routing = self.spec.routing
         if routing.score != "retrieval":
             raise CoterieError(
-                f"a {self.spec.method} mixture retrieves nothing", "retrieve", "build it by retriever, or another"
+                f"{self.spec.method} does not route by retrieval",
+                "retrieve",
+                "build the mixture by retriever, nearest_example or task_embedding",
             )
         from ..library.encoder import account, embeddings, minilm
 
@@ -217,7 +219,8 @@ class Handle:
                 "give the same encoder",
             )
         if isinstance(texts, str) or not texts:
-            raise CoterieError("texts are no list of texts", "retrieve", "give one for each row of the batch")
+            what = "one text is given, and no list" if texts else "no texts are given"
+            raise CoterieError(what, "retrieve", "give one for each row of the batch")
         vectors = embeddings(encoder, "examples", list(texts)).to(known.weight.device)
         select = SELECTIONS[routing.select](routing.k, **routing.select_options)
         return self.route(select(known(vectors)).gates()[:, None])

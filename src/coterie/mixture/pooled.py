@@ -215,10 +215,11 @@ def _decision(layer: Any, rows: Tensor, call: Call) -> Decision:
         return Decision(len(candidates), None, weights.expand(call.batch, -1))
     if context.gates is not None:
         if context.gates.shape[:2] != (call.batch, 1):
+            rows, decisions = context.gates.shape[:2]
             raise CoterieError(
-                "gates were given per token, or for another batch, and these layers take one decision an example",
-                "model.coterie.route",
-                f"give gates of shape ({call.batch}, 1, experts)",
+                f"a decision is taken for each of {call.batch} rows, and {decisions} for each of {rows} were given",
+                "model.coterie.route or retrieve",
+                f"give as many texts as rows, or gates of shape ({call.batch}, 1, experts)",
             )
         gates = context.gates[:, 0, list(candidates)].to(rows.device)
         if router.routing.combine == "factors" or context.active >= len(candidates):
