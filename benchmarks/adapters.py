@@ -1,7 +1,7 @@
 """The drawer that `library_routers.py` routes over: a LoRA of rank 16 for each of fourteen tasks of the suite text20.
 
 They are committed under benchmarks/adapters, in half precision, each with the record of its training: data, recipe,
-validation accuracy on the way. Six tasks of the suite get none.
+validation accuracy on the way (of the full-precision weights). Six tasks of the suite get none.
 
     python benchmarks/adapters.py     # trains what the cache lacks (about 25 minutes on two cores), writes them anew
 """
@@ -9,13 +9,13 @@ validation accuracy on the way. Six tasks of the suite get none.
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from coterie.evaluation.extract import BASE_NAME, sort_targets
+from coterie.evaluation.suite import weights_sha256
 from coterie.evaluation.suites.text20 import SUITE
 from coterie.evaluation.train import RECORD, jobs, quiet, train_shown
 from coterie.options import cache_directory
@@ -38,7 +38,8 @@ def halve(trained: Path, out: Path) -> None:
     config = json.loads((trained / CONFIG).read_text()) | {"auto_mapping": None, "base_model_name_or_path": BASE_NAME}
     (out / CONFIG).write_text(json.dumps(config))
     sort_targets(out / CONFIG)
-    shutil.copy(trained / RECORD, out)
+    record = json.loads((trained / RECORD).read_text()) | {"sha256": weights_sha256(out), "dtype": "float16"}
+    (out / RECORD).write_text(json.dumps(record, indent=1) + "\n")
 
 
 def main(cache: Path, out: Path = ADAPTERS, workers: int | None = None) -> None:

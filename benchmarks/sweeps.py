@@ -105,7 +105,8 @@ def parameters(bench: Bench, kind: str) -> dict[str, Any]:
             ladder |= {rung: skill for rung, skill in comparison.ladder.items() if "own routing" not in rung}
             print(f"{kind}, {axis} {value}: {points[axis][-1]['normalised']['value']:.3f}", flush=True)
     base, expert = comparison.results[0].skill, comparison.ladder["expert"]
-    return {"tasks": comparison.tasks, "base": base, "expert": expert, "points": points, "ladder": ladder}
+    kept = {"tasks": comparison.tasks, "base": base, "expert": expert, "points": points, "ladder": ladder}
+    return {"centre": CENTRE[kind], **kept}
 
 
 def decay(bench: Bench) -> Iterator[dict[str, Any]]:
@@ -134,11 +135,14 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     result: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
-    result |= {"rows": options.rows, "validation_rows": options.validation_rows, "centre": CENTRE}
-    result |= {"versions": versions("torch", "transformers", "peft"), "machine": machine()}
+    about = {"rows": options.rows, "validation_rows": options.validation_rows, "machine": machine()}
+    about["versions"] = versions("torch", "transformers", "peft")
     bench = Bench(options)
     for part in [options.only] if options.only else ["full", "lora", "decay"]:
-        result[part] = list(decay(bench)) if part == "decay" else parameters(bench, part)
+        found = (
+            {"points": list(decay(bench))} if part == "decay" else {**parameters(bench, part), "centre": CENTRE[part]}
+        )
+        result[part] = {**about, **found}
         options.out.write_text(compact(result) + "\n")
     print(f"written: {options.out}")
 

@@ -100,14 +100,15 @@ def sweep_table(result: Result, axis: str) -> str:
 
 def sweeps(result: Result, picture: str) -> str:
     parts = [
-        f"The suite `text8`, {result['rows']} test rows a task, one seed; one parameter changed at a time around "
+        "The suite `text8`, one seed; one parameter changed at a time. "
         + "; ".join(
-            f"{', '.join(f'{AXES[axis]} {value}' for axis, value in result['centre'][kind].items())} ({KINDS[kind]})"
+            f"{KINDS[kind].capitalize()}: around "
+            + ", ".join(f"{AXES[axis]} {value}" for axis, value in result[kind]["centre"].items())
+            + f", {result[kind]['rows']} test rows a task, measured with {shown(result[kind]['versions'])}"
             for kind in ("full", "lora")
             if kind in result
         )
-        + f". Command: `python benchmarks/sweeps.py`; figures in `benchmarks/results/sweeps.json`. Measured with "
-        f"{shown(result['versions'])}.",
+        + ". Command: `python benchmarks/sweeps.py`; figures in `benchmarks/results/sweeps.json`.",
         f"![Recovered gap over each parameter]({picture})",
         "*Recovered gap*: the share of the way from the base's accuracy to the experts', with 95% paired bootstrap "
         "intervals. *Right expert*: the share of tokens and layers that are routed to the expert of their task.",
@@ -125,9 +126,10 @@ def sweeps(result: Result, picture: str) -> str:
 def decay_picture(result: Result, path: Path) -> None:
     """Normalised accuracy over the number of experts."""
     figure, axes = _new()
-    counts = [point["count"] for point in result["decay"]]
-    for name in result["decay"][0]["methods"]:
-        values = [100 * point["methods"][name]["normalised"]["value"] for point in result["decay"]]
+    points = result["decay"]["points"]
+    counts = [point["count"] for point in points]
+    for name in points[0]["methods"]:
+        values = [100 * point["methods"][name]["normalised"]["value"] for point in points]
         axes.plot(counts, values, "o-", ms=4, label=name, color="grey" if name == "base" else None)
     axes.set(xlabel="experts", ylabel="normalised accuracy, %", xticks=counts)
     axes.legend(frameon=False, fontsize=7, ncols=3)
@@ -135,7 +137,7 @@ def decay_picture(result: Result, path: Path) -> None:
 
 
 def decay(result: Result, picture: str) -> str:
-    points = result["decay"]
+    about, points = result["decay"], result["decay"]["points"]
     names = sorted(points[-1]["methods"], key=lambda name: -points[-1]["methods"][name]["normalised"]["value"])
     accuracy = [[name, *(interval(point["methods"][name]["normalised"]) for point in points)] for name in names]
     routed = [
@@ -146,10 +148,10 @@ def decay(result: Result, picture: str) -> str:
     counts = [f"{point['count']} experts" for point in points]
     return "\n\n".join(
         (
-            f"The first tasks of `text20`, LoRA adapters of rank 16, {result['rows']} test rows a task, one seed. What "
+            f"The first tasks of `text20`, LoRA adapters of rank 16, {about['rows']} test rows a task, one seed. What "
             "a method has to choose (scales; SMILE's gate rank) is chosen on "
-            f"{result['validation_rows']} validation rows a task, for each number of experts anew. "
-            "Command: `python benchmarks/sweeps.py --only decay`.",
+            f"{about['validation_rows']} validation rows a task, for each number of experts anew. "
+            f"Command: `python benchmarks/sweeps.py --only decay`. Measured with {shown(about['versions'])}.",
             f"![Normalised accuracy over the number of experts]({picture})",
             "Normalised accuracy, %, with 95% paired bootstrap intervals:",
             table(["method", *counts], accuracy),

@@ -88,6 +88,8 @@ CASES = {
     "a rank for an adapter": (["add", "lib", "new", "same", "--rank", "2"], "is an adapter already"),
     "a rank of nothing": (["add", "lib", "new", "full", "--rank", "0"], "rank is 0"),
     "a base that is none": (["create", "new", "--base", "task"], "is an adapter"),
+    "a directory that is nowhere": (["add-all", "lib", "nowhere"], "no such directory"),
+    "a directory of no adapters": (["add-all", "lib", "base"], "no directory of an adapter"),
     "a place that is taken": (["create", "lib", "--base", "base"], "exists already"),
     "a name of nothing": (["add", "lib", " ", "same"], "is empty"),
     "a name with a line break": (["add", "lib", "a\nb", "same"], "control characters"),

@@ -144,6 +144,19 @@ def test_a_checkpoint_whose_base_is_nowhere_is_an_error(tmp_path):
     assert coterie.load(tmp_path / "run/checkpoint-4", base=str(tmp_path / "base")).coterie.expert_names
 
 
+def test_a_base_that_was_once_from_the_hub_is_where_it_is(tmp_path, monkeypatch):
+    place = save(base_model("bert"), tmp_path / "base")
+    base = AutoModelForSequenceClassification.from_pretrained(place)
+    base.config._commit_hash = "a" * 40
+    model = trained(wrapped(base=base), tmp_path / "run", save_strategy="steps", save_steps=4).model.eval()
+    halfway = coterie.load(tmp_path / "run/checkpoint-4").eval()
+    assert torch.equal(outputs(halfway, inputs("bert")), outputs(model, inputs("bert")))
+    monkeypatch.chdir(save(fine_tune(base_model("bert"), 3), tmp_path / "elsewhere"))  # the base of no name is not here
+    trained(wrapped(), tmp_path / "nameless", save_strategy="steps", save_steps=4)
+    save(base_model("bert"), tmp_path / "right")
+    assert coterie.load(tmp_path / "nameless/checkpoint-4", base=str(tmp_path / "right")).coterie.expert_names
+
+
 def test_a_checkpoint_refuses_another_base(tmp_path):
     place = save(base_model("bert"), tmp_path / "base")
     base = AutoModelForSequenceClassification.from_pretrained(place)

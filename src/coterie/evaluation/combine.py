@@ -124,7 +124,10 @@ class Experts:
         Raises:
             CoterieError: the task has no training rows; gates or activations of an expert that is no adapter.
         """
-        data = [self.tasks[name].key, weights_sha256(self.reader.base), self.reader.settings]
+        data = [self.tasks[name].key, weights_sha256(self.reader.base), self.reader.settings, meaning(Path(__file__))]
+        data.append(meaning(Path(inspect.getfile(type(self.reader)))))
+        if kind in ("task", "examples"):
+            data.append(account(minilm(), []))
         file = folder / f"{digest(self.keys[name], kind, *data)[:16]}.safetensors"
         if file.exists():
             return file

@@ -284,8 +284,8 @@ class Library:
     ) -> list[str]:
         """Add every PEFT adapter that stands in a directory, under its own directory's name.
 
-        Those whose names are here already are left alone, so that what was stopped, or met an adapter that cannot be
-        added, goes on when it is called again.
+        Those whose names are here already are left alone, so that what was stopped goes on when it is called again; so
+        it does once an adapter that cannot be added is mended, or moved elsewhere.
 
         Args:
             directory: that holds the adapters' directories.
@@ -298,7 +298,9 @@ class Library:
         Raises:
             CoterieError: no adapter stands there; one cannot be added: those before it are here.
         """
-        found = sorted(config.parent for config in Path(directory).glob(f"*/{ADAPTER[0]}"))
+        if not Path(directory).is_dir():
+            raise CoterieError("no such directory", str(directory), "give the directory that holds the adapters'")
+        found = sorted(config.parent for config in Path(directory).glob(f"[!.]*/{ADAPTER[0]}"))
         if not found:
             raise CoterieError("holds no directory of an adapter", str(directory), "give the directory above them")
         new = [place for place in found if place.name not in self]
@@ -615,6 +617,8 @@ class Library:
         Raises:
             CoterieError: an expert that is named has no such texts, or no expert has.
         """
+        if not len(self):
+            raise CoterieError("holds no experts", self._where, "add some")
         todo = {n: texts_of(kind, self[n].entry.description, self[n].examples) for n in (names or self)}
         lacking = [name for name, texts in todo.items() if not texts]
         if len(lacking) == len(todo) or (names and lacking):

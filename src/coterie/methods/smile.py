@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
+from ..errors import CoterieError
 from ..experts.fit import TruncatedSVD
 from ..routing.router import Routing
 from .parts import LibraryPool
@@ -48,6 +49,15 @@ def smile(base: nn.Module, experts: dict[str, nn.Module], **options: Any) -> Any
     Raises:
         CoterieError: bad parameters, or modules that do not match.
     """
+    from transformers import PreTrainedModel
+
     from ..building.in_memory import build_in_memory
+
+    if options.get("pool", "token") != "token" and not isinstance(base, PreTrainedModel):
+        raise CoterieError(
+            f"a {type(base).__name__} is no transformers model, whose calls tell examples and prompts apart",
+            "pool",
+            "leave it out: each token is routed by itself",
+        )
 
     return build_in_memory("smile", base, experts, **options)

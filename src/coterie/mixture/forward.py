@@ -297,16 +297,19 @@ class Forward:
         call.key = repeated(call.kept[-1], call.batch) if -1 in call.kept else None
         return True
 
-    def _prefill(self, input_ids: Tensor, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+    def _prefill(
+        self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
         """Stands in place of the model's own, the step of `generate` that reads the prompt."""
-        size = generation_config.prefill_chunk_size
-        if size is not None and size < input_ids.shape[1]:
+        size, cache = generation_config.prefill_chunk_size, model_kwargs.get("past_key_values")
+        decided = cache is not None and int(cache.get_seq_length())
+        if size is not None and size < input_ids.shape[1] and not decided:
             raise CoterieError(
                 "the routers decide by the whole prompt, and would see its first chunk alone",
                 "prefill_chunk_size",
                 "leave it out",
             )
-        return type(self.model)._prefill(self.model, input_ids, generation_config, *args, **kwargs)
+        return type(self.model)._prefill(self.model, input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     def _before_fused(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """TRL's trainers put a forward of theirs in this one's place, which calls the base model and makes no loss."""

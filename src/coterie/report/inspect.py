@@ -127,13 +127,16 @@ def inspect(source: str, token: str | None = None) -> Inspection:
     provenance = location.json("mixture.json")
     recipe = (provenance or {}).get("recipe", {})
     banks: dict[str, int] = {}
-    routers = 0
     for name, info in checkpoint.tensors.items():
         if ".bank." in name and info.dtype.is_floating_point:
             path = name.rpartition(".bank.")[0]
             banks[path] = banks.get(path, 0) + _numel(info.shape)
-        elif (".router." in name or name.startswith("coterie_router.")) and info.dtype.is_floating_point:
-            routers += _numel(info.shape)
+    routers = sum(
+        _numel(info.shape)
+        for name, info in checkpoint.tensors.items()
+        if name.rpartition(".router.")[0] in banks or name.startswith("coterie_router.")
+        if info.dtype.is_floating_point
+    )
     memory_first = list(banks.values()) if len(banks) == len(spec.layers) else [0] * len(spec.layers)
     total = sum(_numel(info.shape) for info in checkpoint.tensors.values() if info.dtype.is_floating_point)
     layers = {}

@@ -8,8 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..errors import CoterieError
-
 CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 
@@ -52,20 +50,23 @@ class SavePretrained:
 
     @cached_property
     def base(self) -> dict[str, str | None]:
-        """The base's id, revision and fingerprint, as far as there are such: it may have been no directory."""
+        """The base's id, and what tells it from another: its revision on the Hub, or the fingerprint of its files."""
         import transformers
 
         from ..mixture.light import base_view
-        from ..sources.locate import locate
+        from ..sources.locate import Location
         from .finish import is_mixture
 
-        model = self.model
-        revision = getattr(model.config, "_commit_hash", None)
-        found: dict[str, str | None] = {"id": model.name_or_path or "", "revision": revision, "fingerprint": None}
-        with suppress(CoterieError, OSError):  # a loss of the check, not of the run
-            place = locate(f"{found['id']}@{revision}" if revision else model.name_or_path)
+        model, name = self.model, self.model.name_or_path or ""
+        found: dict[str, str | None] = {"id": name, "revision": None, "fingerprint": None}
+        if not name or not Path(name).is_dir():
+            return {**found, "revision": getattr(model.config, "_commit_hash", None) if name else None}
+        place = Location(Path(name), name)
+        with suppress(Exception):  # what cannot be read costs the check, and not the run
             if hasattr(transformers, type(model).__name__) and not is_mixture(place):
-                found["fingerprint"] = base_view(place, type(model), model.config).fingerprint()
+                view = base_view(place, type(model), model.config)
+                if any(tensor in view for tensor in view.skeleton.tensors):
+                    found["fingerprint"] = view.fingerprint()
         return found
 
 
