@@ -83,7 +83,8 @@ def section(result: Result, picture: str) -> str:
             "the task; of n that are equally large, the n-th part. *Entropy* of a token's gates in a layer: 0 where "
             "one expert answers, 1 where all do alike. *Time*: processor time of a batch of 128 rows of the first "
             "task, over the base's, passes alternating. *Memory*: the peak of anonymous memory that answering that "
-            "batch takes beside the model. *Weights*: all that the model holds; the encoder by which retrieval reads "
+            "batch takes beside the model, with the merged copy that the task's expert is run by; sampled, and some "
+            "tens apart from run to run. *Weights*: all that the model holds; the encoder by which retrieval reads "
             "texts, here as large as the base, is not among them. *Seconds to make* it from the adapters, by the "
             "clock, with what is gathered, learned or searched for.",
             f"![Which expert answers]({picture})",
