@@ -124,6 +124,36 @@ def test_where_no_certificate_can_be_had_the_exact_factorisation_takes_over(monk
     torch.testing.assert_close(found.s, torch.linalg.svdvals(delta.double())[:32], rtol=1e-10, atol=0)
 
 
+@pytest.mark.parametrize("seed", [0, 11, 12])
+def test_what_a_merged_adapter_left_is_factorised(seed):
+    """All but low-rank: the iteration's smallest value is rounding, by which its filter must not divide."""
+    values = [
+        1.22,
+        0.194,
+        0.124,
+        0.081,
+        0.078,
+        0.069,
+        0.068,
+        0.053,
+        0.049,
+        0.042,
+        0.039,
+        0.037,
+        0.029,
+        0.027,
+        0.025,
+        0.02,
+    ]
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.randn(384, 384, generator=generator) * 0.05
+    u, v = (torch.linalg.qr(torch.randn(384, 16, generator=generator))[0] for _ in range(2))
+    delta = (base + (u * torch.tensor(values)) @ v.T) - base
+    found = thin_svd(delta, 8)
+    missed = torch.linalg.vector_norm(delta.double() - (found.u * found.s) @ found.vt)
+    assert missed <= (1 + TOLERANCE) * torch.linalg.svdvals(delta.double())[8:].norm()
+
+
 def test_a_missed_direction_is_never_certified():
     """Whatever the triplets are short of: the first direction, the last, or one of them by an angle."""
     delta = matrix(200, 128, spectrum("i^-0.5", 128)).double()

@@ -67,6 +67,8 @@ def certified_svd(a: torch.Tensor, rank: int, norm: float, dtype: torch.dtype) -
             triplets = _triplets(a, v[:, :rank])
             if _certified(gram, triplets, coupling, norm):
                 return triplets
+        if not float(values[-1]) > torch.finfo(dtype).eps * float(values[0]):
+            return None  # all but low-rank: the filter would divide by what rounding left, and overflow
         degree = _degree(values)
         products -= degree + 2
         v = torch.linalg.qr(_filter(gram, v, image, float(values[-1]), degree))[0]
