@@ -102,7 +102,7 @@ def sweeps(result: Result, picture: str) -> str:
     parts = [
         "The suite `text8`, one seed; one parameter changed at a time. "
         + "; ".join(
-            f"{KINDS[kind].capitalize()}: around "
+            f"{KINDS[kind][0].upper()}{KINDS[kind][1:]}: around "
             + ", ".join(f"{AXES[axis]} {value}" for axis, value in result[kind]["centre"].items())
             + f", {result[kind]['rows']} test rows a task, measured with {shown(result[kind]['versions'])}"
             for kind in ("full", "lora")
