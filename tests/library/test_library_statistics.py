@@ -108,6 +108,11 @@ def test_what_cannot_be_put_in(kind, tensors, says, shelf):
         shelf.put("task", kind, tensors)
 
 
+def test_a_library_of_nothing_has_nothing_to_embed(drawer, tmp_path):
+    with pytest.raises(CoterieError, match="holds no experts"):
+        library(drawer, tmp_path / "library").embed(lambda texts: torch.ones(len(texts), 2), "task")
+
+
 def test_what_nobody_made_is_an_error(shelf):
     with pytest.raises(CoterieError, match="has no 'gate' statistics"):
         shelf.statistics("task", "gate")

@@ -107,6 +107,7 @@ def test_a_whole_directory_is_added(drawer, tmp_path):
     for name in names:
         shutil.copytree(getattr(drawer, name), adapters / name)
     (adapters / "no adapter").mkdir()
+    shutil.copytree(getattr(drawer, names[0]), adapters / ".hidden")
     made, said = coterie.library.create(tmp_path / "library", drawer.base), []
     (adapters / names[-1] / "adapter_model.safetensors").write_bytes(b"")
     with pytest.raises(coterie.CoterieError, match=names[-1]):

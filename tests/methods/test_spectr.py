@@ -50,6 +50,12 @@ def test_pools(
     assert apart(arch, got, mixture_of(arch, recipe, gate, read=read), given, **more) < 1e-5
 
 
+def test_a_module_without_calls_of_examples_routes_by_token() -> None:
+    plain = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    with pytest.raises(coterie.CoterieError, match="no transformers model"):
+        coterie.smile(plain, {"one": torch.nn.Sequential(torch.nn.Linear(4, 4))}, pool="sequence")
+
+
 def test_weights_scale_deltas_and_not_scores(drawers: Any, tmp_path: Path) -> None:
     recipe = drawers["bert"]
     weighted = {name: {"source": source, "weight": 0.5} for name, source in recipe["experts"].items()}
