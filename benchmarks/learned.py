@@ -105,6 +105,23 @@ class Site(nn.Module):
         return self.linear(inputs_embeds)
 
 
+def products(width: int, experts: int, x: Tensor) -> float:
+    """SMEAR's torch calls alone (mean, merge, two products; no router, no layer), over a single expert's."""
+    down, up = torch.randn(2, experts, RANK * width)
+    one, other = down[0].view(RANK, width), up[0].view(RANK, width)
+    gates, y, flat = torch.rand(BATCH, experts), torch.zeros_like(x), x.flatten(0, 1)
+
+    def smear() -> None:
+        x.sum(1)
+        merged, back = (gates @ down).view(-1, RANK, width), (gates @ up).view(-1, RANK, width)
+        y.baddbmm_(torch.bmm(x, merged.transpose(1, 2)), back)
+
+    def single() -> None:
+        y.flatten(0, 1).addmm_(flat @ one.T, other)
+
+    return float(compared({"single": single, "smear": smear})["variants"]["smear"]["ratio"])
+
+
 def site(width: int, experts: int, tokens: int) -> dict[str, Any]:
     """What the experts of one layer cost, in units of a single expert's cost."""
     torch.manual_seed(0)
@@ -122,6 +139,7 @@ def site(width: int, experts: int, tokens: int) -> dict[str, Any]:
         "experts": experts,
         "tokens": tokens,
         "least, in experts": floor,
+        "products, in experts": products(width, experts, x),
         "smear, in experts": (ratios["smear"] - 1) / one,
         "ensemble, in experts": (ratios["ensemble"] - 1) / one,
         "site over dense and least": ratios["smear"] / (1 + floor * one),

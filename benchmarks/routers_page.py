@@ -166,7 +166,8 @@ def costs(result: Result, experiment: str, folder: Path) -> str:
         f"Measured with {shown(result['versions'])}."
     ]
     if "site" in result:
-        keys = ["least, in experts", "smear, in experts", "ensemble, in experts", "site over dense and least"]
+        keys = [f"{name}, in experts" for name in ("least", "products", "smear", "ensemble")]
+        keys.append("site over dense and least")
         rows = [[f"{r['width']}, {r['experts']} experts", *(f"{r[key]:.2f}" for key in keys)] for r in result["site"]]
         parts += [
             "One layer, in units of what a single expert adds to it; least is 1 + N / S:",
