@@ -12,7 +12,7 @@ single := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env demo demo-full test test-all lint types format docs bench bench-full bench-paths bench-native bench-merging bench-library bench-arrow bench-routers bench-sweeps bench-smear bench-learned bench-memory bench-fusionbench clean
+.PHONY: help env demo demo-full test test-all lint types format docs bench bench-full bench-paths bench-native bench-gpu bench-merging bench-library bench-arrow bench-routers bench-sweeps bench-smear bench-learned bench-memory bench-fusionbench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -66,6 +66,10 @@ bench-paths: $(stamp) ## where one compute path overtakes the other, and the pri
 
 bench-native: $(stamp) ## the compiled path beside the others, and torch.compile (needs a C++ compiler)
 	@$(py) benchmarks/native.py
+	@$(py) benchmarks/page.py
+
+bench-gpu: $(stamp) ## Llama-7B-shaped layers on a GPU, where torch has one, into docs/speed.md
+	@$(py) benchmarks/gpu.py
 	@$(py) benchmarks/page.py
 
 bench-merging: $(stamp) ## merging and extracting against mergekit, in an environment of its own

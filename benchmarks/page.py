@@ -249,6 +249,7 @@ def measured_with(result: dict[str, Any]) -> list[str]:
 
 LONGEST = 40  # rows of a table of these
 OTHERS = {
+    "gpu.json": ("On a GPU", "python benchmarks/gpu.py"),
     "building.json": ("Building a mixture", "python benchmarks/building.py"),
     "factorise.json": ("Factorising a delta", "python benchmarks/factorise.py"),
     "paths.json": ("The rule that chooses a compute path", "python benchmarks/paths.py"),
@@ -259,7 +260,7 @@ OTHERS = {
 # --- the page -------------------------------------------------------------------------------------------------------
 
 
-def running_sections(result: dict[str, Any], draw: Callable[[str, list[Account]], str]) -> list[str]:
+def running_sections(result: dict[str, Any], draw: Callable[[str, list[Account]], str], gpus: str) -> list[str]:
     accounts = [a for a in result["cells"] if "variants" in a]
     missing = [a for a in result["cells"] if "variants" not in a]
 
@@ -291,7 +292,7 @@ last-level cache, as it goes through the layers of a model.
 
 Processor: {cpu}, {machine["cpus"]} processors, last-level cache {machine["last_level_cache_mib"]:.0f} MiB, {native}
 bfloat16 arithmetic. Versions: {", ".join(f"{name} {number}" for name, number in version.items())}. Command:
-`python benchmarks/running.py`; figures in `benchmarks/results/running.json`. GPUs: not measured."""
+`python benchmarks/running.py`; figures in `benchmarks/results/running.json`. GPUs: {gpus}."""
     ]
     if missing:
         reasons = [f"{what(a['cell'])} ({a.get('skipped') or a.get('wrong')})" for a in missing]
@@ -393,7 +394,8 @@ def render(results: Path, page: Path) -> None:
         "Rendered by `make bench` from the figures in `benchmarks/results/`.",
     ]
     if running := read("running.json"):
-        parts += running_sections(running, draw)
+        gpus = "see below" if (results / "gpu.json").exists() else "not measured (`make bench-gpu` does)"
+        parts += running_sections(running, draw, gpus)
     if TRIED.exists():
         parts.append("### What was tried\n\n" + TRIED.read_text().strip())
     if compiled := read("native.json"):

@@ -176,3 +176,25 @@ def test_what_a_build_costs_is_measured(part: str, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(sys, "argv", ["building.py", *words])
     building.main()
     assert set(json.loads(out.read_text())) == {part}
+
+
+def test_what_is_timed_on_a_gpu_is_right(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Small and on the CPU: through two copies, each of which takes the path that is named."""
+    import gpu
+    import timing
+    from cells import Cell
+    from coterie.mixture.layer import _Mixture
+    from subjects import Subject
+
+    monkeypatch.setattr(timing, "ENOUGH", 0.0)
+    monkeypatch.setattr(gpu, "copies_of", lambda *_: 2)
+    ask, seen = _Mixture._path, []
+    monkeypatch.setattr(_Mixture, "_path", lambda layer, *rest: seen.append(ask(layer, *rest)) or seen[-1])
+    cell = Cell(48, 32, experts=3, rank=8, tokens=4)
+    account = gpu.measure(cell, Subject(cell, 1), torch.device("cpu"))
+    assert account["right"] and account["agreement"] == {"stacked": 1.0, "grouped": 1.0}
+    assert seen[:4] == ["stacked", "stacked", "grouped", "grouped"]
+    assert set(gpu.row(account)) >= {"theory", "goal", "dense, eager, ms", "stacked, eager", "grouped, eager", "met"}
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(sys, "argv", ["gpu.py"])
+        assert gpu.main() == 2 and "no GPU" in capsys.readouterr().err
