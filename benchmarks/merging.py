@@ -5,7 +5,10 @@ by both command lines, each in a process of its own on one thread, taking turns.
 less the same program's `--help`, which for mergekit imports all of its libraries.
 
     python benchmarks/merging.py                 # writes benchmarks/results/merging.json
-    python benchmarks/merging.py speed tensors   # some parts only: speed, depth, tensors, experts
+    python benchmarks/merging.py speed tensors   # some parts only: speed, floors, depth, tensors, experts
+
+The floors are what of our commands no merge could save: imports, the hashes of what is read, the deltas themselves,
+and for an adapter the Gram matrices that its certificate stands on.
 
 mergekit gets an environment of its own in the user's cache, with the same torch and transformers.
 """
@@ -47,6 +50,37 @@ MERGES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any], int]] = {
     "TIES, global": ("ties", {"weight": 1.0, "density": 0.2, "lambda": 1.0}, "ties", {"density": 0.2}, EXPERTS),
 }  # fmt: skip
 EXTRACT_RANK = 64
+# Programs that do one thing; %s is the folder of the sources.
+FLOORS = {
+    "import torch": "import torch",
+    "import the names of architectures": "import coterie.sources.names",
+    "hash": """
+import hashlib, pathlib
+for path in pathlib.Path(%s).rglob("*.safetensors"):
+    hashlib.sha256(path.read_bytes())
+""",
+    "deltas": """
+import pathlib, torch
+from safetensors.torch import load_file
+torch.set_num_threads(1)
+base, *experts = sorted(pathlib.Path(%s).iterdir())
+for shard in sorted(base.glob("*.safetensors")):
+    weights = load_file(shard)
+    for expert in experts:
+        for name, tensor in load_file(expert / shard.name).items():
+            tensor.float().sub_(weights[name])
+""",
+    "Gram matrices": """
+import pathlib, torch
+from safetensors.torch import load_file
+from coterie.experts.subspace import _gram
+torch.set_num_threads(1)
+for shard in sorted((pathlib.Path(%s) / "expert0").glob("*.safetensors")):
+    for name, tensor in load_file(shard).items():
+        if "proj" in name:
+            _gram((tensor if tensor.shape[0] >= tensor.shape[1] else tensor.T).float())
+""",
+}
 
 
 class Bench:
@@ -128,6 +162,19 @@ class Bench:
                 f"memory {each['memory_ratio']:.2f}",
                 flush=True,
             )
+        return found
+
+    def floors(self) -> dict[str, Any]:
+        """CPU seconds of what cannot be saved; those that import torch less its import."""
+        sources = self.folder / "floors"
+        write_sources(sources, WIDTH, DEPTH)
+        found = {}
+        for name, program in FLOORS.items():
+            text = program.replace("%s", repr(str(sources)))
+            runs = [measure(sys.executable, "-c", text)["cpu_s"] for _ in range(self.repeats)]
+            found[name] = median(runs) - (found["import torch"] if name in ("deltas", "Gram matrices") else 0)
+        found = {name: round(seconds, 2) for name, seconds in found.items()}
+        print(json.dumps(found), flush=True)
         return found
 
     def depth(self) -> dict[str, Any]:
@@ -229,7 +276,7 @@ def stored(folder: Path) -> set[str]:
 
 
 def main() -> None:
-    parts = ("speed", "depth", "tensors", "experts")
+    parts = ("speed", "floors", "depth", "tensors", "experts")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "coterie"
     parser.add_argument("parts", nargs="*", choices=[*parts, []], help="default: all")
