@@ -279,7 +279,7 @@ def main() -> int:
     result = {
         "what": f"Rank {RANK}, gate rank {GATE_RANK}; CPU time of one thread, medians. Models: coterie.smile against "
         f"{PACKAGE} (SmileUpscalingAlgorithm), in memory. Sweep: how far |D - D_r| is above the best of rank r in "
-        f"{', '.join(map(str, RANKS))}; certified are at most {TOLERANCE}.",
+        f"{', '.join(map(str, RANKS))}; certified are at most {TOLERANCE}",
         "threads": 1,
         "repeats": repeats,
         "layers": layers,

@@ -231,10 +231,32 @@ def xlora(experts: int = 8, rank: int = 8, new_tokens: int = 16) -> dict[str, An
         return {"forward of 128 tokens": compared(forward), f"generation of {new_tokens} tokens": compared(generate)}
 
 
+def prompt(experts: int = 8, rank: int = 8) -> dict[str, Any]:
+    """Generation for one prompt, which decides once: SMEAR by its low-rank pair, and merged into the weights."""
+    base, given = llama(), {key: value[:, :32] for key, value in batch(1).items()}
+    config = coterie.MixtureConfig(method="smear", experts=experts, parameters={"rank": rank, "pool": "prompt"})
+    model = filled(coterie.wrap(base, config)).eval()
+    found = {}
+    for tokens in (4, 16, 64):
+        settings = {**given, "max_new_tokens": tokens, "do_sample": False}
+        run = partial(model.generate, **settings)
+        listed = [
+            Variant("base", partial(base.generate, **settings), torch.inference_mode),
+            Variant("pair", run, torch.inference_mode),
+            Variant("merged", run, partial(model.coterie.use_path, "merged")),
+        ]
+        with torch.inference_mode():
+            figures, rounds = side_by_side(listed, 1, clock=thread_time)
+        found[f"generation of {tokens} tokens"] = {"rounds": rounds, "variants": figures}
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--only", choices=["site", "whole", "steps", "xlora"], help="measure this part; the rest is kept as it is"
+        "--only",
+        choices=["site", "whole", "steps", "xlora", "prompt"],
+        help="measure this part; the rest is kept as it is",
     )
     parser.add_argument("-o", "--out", type=Path, default=RESULT)
     chosen = parser.parse_args()
@@ -244,13 +266,14 @@ def main() -> None:
         "whole": whole,
         "steps": steps,
         "xlora": xlora,
+        "prompt": prompt,
     }
     result = json.loads(chosen.out.read_text()) if chosen.out.exists() else {}
     for name, run in parts.items():
         if chosen.only in (None, name):
             result[name] = run()
             print(name, json.dumps(result[name], indent=1)[:4000], flush=True)
-    result |= {"machine": machine(), "versions": versions("torch", "transformers", "peft"), "threads": 1}
+    result |= {"machine": machine(), "versions": versions("coterie", "torch", "transformers", "peft"), "threads": 1}
     result |= {"shapes": {"batch": BATCH, "tokens": TOKENS, "rank": RANK}}
     chosen.out.write_text(json.dumps(result, indent=1) + "\n")
 

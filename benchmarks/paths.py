@@ -24,6 +24,7 @@ from coterie.experts.bank import BankShape
 from coterie.mixture import cost
 from coterie.mixture.layer import add_experts
 from coterie.routing.router import Routing
+from timing import machine, versions
 
 RESULT = Path(__file__).parent / "results" / "paths.json"
 WIDTHS = ((512, 512), (640, 2560), (1280, 1280))
@@ -69,7 +70,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.3, help="per shape")
     seconds = parser.parse_args().seconds
     torch.manual_seed(0)
-    result: dict[str, Any] = {"torch": torch.__version__, "threads": 1, "seconds": seconds}
+    result: dict[str, Any] = {"threads": 1, "seconds": seconds}
     torch.set_num_threads(1)
     for dtype in (torch.float32, torch.bfloat16):
         rows = []
@@ -93,6 +94,7 @@ def main() -> None:
             "rows": rows,
         }
         print(name, prices, f"regret of the rule in use: mean {statistics.mean(regrets):.1%}, worst {max(regrets):.1%}")
+    result |= {"versions": versions("coterie", "torch"), "machine": machine()}
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -174,6 +174,7 @@ def contenders(experiment: Experiment) -> dict[str, Contender]:
         "soft_moe": Contender("soft_moe", tasks, parameters={"slots": max(1, round(experiment.tokens / tasks))}),
         "adamix": Contender("adamix", tasks),
         "poly": Contender("poly", tasks, parameters={"tasks": tasks}),
+        "mhr": Contender("mhr", tasks, parameters={"tasks": tasks}),
         "ensemble": Contender("ensemble", tasks, matched=False),
         "single": Contender("single", 1),
         "single_wide": Contender("single", 1, rank=tasks, matched=False),

@@ -21,11 +21,12 @@ from pictures import _new, _save
 NAMES = {
     "smear": "SMEAR", "smear_2x": "SMEAR, twice the experts", "tag": "tag", "hash": "hash", "switch": "top-1 (Switch)",
     "st_gumbel": "straight-through Gumbel", "reinforce": "REINFORCE", "dselect_k": "DSelect-k", "soft_moe": "Soft MoE",
-    "adamix": "AdaMix", "poly": "Poly (latent skills)", "ensemble": "ensemble (soft)",
+    "adamix": "AdaMix", "poly": "Poly (latent skills)", "mhr": "MHR (latent skills, by blocks)",
+    "ensemble": "ensemble (soft)",
     "single": "one expert, equal compute", "single_wide": "one expert, equal parameters", "lora": "LoRA, equal rank",
     "rslora": "rsLoRA, equal rank",
 }  # fmt: skip
-TOLD = ("tag", "poly")  # the task of every row, in training and in the test
+TOLD = ("tag", "poly", "mhr")  # the task of every row, in training and in the test
 Result = dict[str, Any]
 
 
@@ -123,6 +124,17 @@ def gates_picture(result: Result, path: Path) -> None:
     _save(figure, path)
 
 
+def gates_table(result: Result, methods: tuple[str, ...] = ("smear", "switch")) -> str:
+    """The expert that serves each task most in the last routed layer of every block, with its mean gate."""
+    head, columns = ["task"], []
+    for key in (key for key in methods if result["methods"].get(key, {}).get("gates")):
+        last = {block(layer): gates for layer, gates in result["methods"][key]["gates"].items()}
+        for number, gates in last.items():
+            head.append(f"{NAMES[key]}, block {number}")
+            columns.append([f"{max(range(len(row)), key=row.__getitem__) + 1} ({max(row):.2f})" for row in gates])
+    return table(head, [[task, *(column[i] for column in columns)] for i, task in enumerate(result["tasks"])])
+
+
 def section(result: Result, experiment: str, folder: Path) -> str:
     """The part of the page that one experiment fills; its pictures are written into the folder."""
     accuracy_picture(result, folder / f"{experiment}.svg")
@@ -135,7 +147,9 @@ def section(result: Result, experiment: str, folder: Path) -> str:
     )
     gates = (
         f"![Which expert serves which task]({folder.name}/{experiment}-gates.svg)\n\n*Mean gates of the first seed: "
-        "rows are tasks, columns the experts of the last routed layer in every block.*"
+        "rows are tasks, columns the experts of the last routed layer in every block.*\n\n"
+        "The expert that serves each task most there, by its number in its layer, and its mean gate:\n\n"
+        + gates_table(result)
         if any(method["gates"] for method in result["methods"].values())
         else ""
     )
@@ -208,6 +222,16 @@ def costs(result: Result, experiment: str, folder: Path) -> str:
         parts += [
             "X-LoRA of 8 experts of rank 8 in a small Llama (4 layers of 256), over PEFT's single LoRA:",
             table(["", *names], rows),
+        ]
+    if "prompt" in result:
+        rows = [
+            [what, *(f"{each['variants'][name]['ratio']:.2f}" for name in ("pair", "merged"))]
+            for what, each in result["prompt"].items()
+        ]
+        parts += [
+            "SMEAR of 8 experts of rank 8 in that Llama, deciding once by a prompt of 32 tokens, over the base: its "
+            'merged pair beside the weights, and merged into them (`model.coterie.use_path("merged")`):',
+            table(["", "pair", "merged"], rows),
         ]
     return "\n\n".join(parts)
 

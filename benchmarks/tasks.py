@@ -1,4 +1,4 @@
-"""Tasks: the first three layers of MiniLM, eight tasks over short texts, six telling ways to route among experts.
+"""Tasks: the first three layers of MiniLM, eight tasks over short texts, seven telling ways to route among experts.
 
 Base, tasks and anchors are those of the suite text8 (see `coterie.evaluation.suites.text8`): a class is the frozen
 embedding of its label, and a text is read by its nearest among the classes of its task.
@@ -23,7 +23,7 @@ from coterie.evaluation.suite import Split, Task, digest, weights_sha256
 from coterie.evaluation.suites import text8
 from routers import Experiment, Rows, main
 
-METHODS = ("smear", "tag", "switch", "single_wide", "hash", "ensemble")
+METHODS = ("smear", "tag", "switch", "single", "single_wide", "hash", "ensemble")
 LAYERS, TOKENS = 3, 16
 TRAIN, VALIDATION, TEST = 6000, 300, 500  # rows of a task, at most
 STEPS, BATCH, RANK = 600, 32, 8

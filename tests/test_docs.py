@@ -30,6 +30,7 @@ SHORTENED = {
     r"^coterie compare (.*)$": r"coterie compare \1 --tiny",
     r"^coterie demo.*$": "",  # tests/evaluation
     r"^ray start.*$": "",  # tests/test_build_ray.py
+    r"^ACCELERATE_USE_CPU=true .*$": "",  # tests/training/test_trainer.py
     r"--engine ray": "--engine local",  # tests/test_build_ray.py
 }
 

@@ -10,6 +10,7 @@ import torch
 from trained import CAUSAL, KINDS, batch_of, call_of, quick, tasks, wrapped
 
 import coterie
+from coterie.mixture.layer import _Mixture
 from coterie.training.wrap import part_of
 from matching import relative_error
 from zoo import base_model, fine_tune, save
@@ -212,6 +213,49 @@ def test_the_merged_path_needs_one_decision(method, kind):
         return
     with model.coterie.use_path("merged"), pytest.raises(coterie.CoterieError, match="one decision for the whole call"):
         logits_of(model, given)
+
+
+@pytest.mark.parametrize(
+    ("arch", "method", "options"),
+    [
+        ("bert", "smear", {}),
+        ("bert", "ensemble", {}),
+        ("bert", "switch", {"pool": "sequence"}),
+        ("bert", "poly", {}),
+        ("bert", "mhr", {}),
+        ("bert", "smear", {"alpha": 9.0}),
+        ("gpt2", "smear", {"pool": "prompt"}),  # whose layers are Conv1D
+        ("t5", "smear", {}),
+    ],
+)
+def test_one_example_is_merged_where_it_has_one_decision(arch, method, options):
+    model = wrapped(arch, method, **options).eval()
+    given = call_of(method, batch_of(arch, batch=1))
+    if options.get("pool") == "prompt":
+        given["prompt_lengths"] = torch.tensor([3])
+    wanted = logits_of(model, given)
+    with model.coterie.use_path("merged"):
+        assert relative_error(logits_of(model, given), wanted) <= 1e-5
+    with model.coterie.use_path("merged"), pytest.raises(coterie.CoterieError, match="one decision for the whole call"):
+        model(**given)  # gradients would have to flow through the merge
+
+
+@pytest.mark.parametrize("method", ["smear", "ensemble"])
+def test_a_merged_prompt_is_kept_while_decoding(method, monkeypatch):
+    """Merged once a layer, and as the low-rank pair gives it; another prompt is merged anew."""
+    model = wrapped("llama", method, pool="prompt").eval()
+    merges = []
+    merge = _Mixture.onto_base
+    monkeypatch.setattr(_Mixture, "onto_base", lambda layer, *rest: merges.append(layer) or merge(layer, *rest))
+    for seed in (0, 1):
+        ids = torch.randint(2, 50, (1, 5), generator=torch.Generator().manual_seed(seed))
+        settings = dict(input_ids=ids, max_new_tokens=6, min_new_tokens=6, do_sample=False, output_logits=True)
+        wanted = torch.stack(model.generate(**settings, return_dict_in_generate=True).logits)
+        with model.coterie.use_path("merged"):
+            got = torch.stack(model.generate(**settings, return_dict_in_generate=True).logits)
+        assert relative_error(got, wanted) <= 1e-5
+    count = sum(isinstance(module, _Mixture) for module in model.modules())
+    assert count and len(merges) == 2 * count
 
 
 def test_the_merged_path_after_route():

@@ -315,13 +315,16 @@ if trainer.args.process_index == 0:
 """
 
 
-def launched(script, folder, *given):
-    """Run a script in two processes on this machine's CPU. (`accelerate launch --cpu` needs MPI for several.)"""
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+
+
+def launched(script, folder, *given, by=TORCHRUN):
+    """Run a script in two processes on this machine's CPU."""
     (folder / "script.py").write_text(script)
     here = Path(__file__).parent
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*launch, str(folder / "script.py"), str(folder), *given, str(here), str(here.parent)],
+        [sys.executable, "-m", *by, str(folder / "script.py"), str(folder), *given, str(here), str(here.parent)],
         capture_output=True, text=True, check=False, timeout=280, env={**os.environ, "ACCELERATE_USE_CPU": "true"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
@@ -331,7 +334,7 @@ def launched(script, folder, *given):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["smear", "switch", "reinforce"])
 def test_two_processes_agree_with_one(method, tmp_path):
-    two = launched(LAUNCHED, tmp_path, method)
+    two = launched(LAUNCHED, tmp_path, method, by=ACCELERATE if method == "smear" else TORCHRUN)
     assert (tmp_path / "checkpoint-2/model.safetensors").is_file()
     if method == "reinforce":  # each process draws its own choices
         return

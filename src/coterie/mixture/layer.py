@@ -18,7 +18,7 @@ from . import native
 from .context import Context
 from .cost import SHARED, cheapest
 from .paths import Path, alike, grouped, stacked
-from .pooled import add_pooled
+from .pooled import add_pooled, merged
 
 if TYPE_CHECKING:
     from .siblings import Siblings
@@ -80,15 +80,18 @@ class _Mixture(nn.Module):
 
     def _forward_trained(self, x: torch.Tensor, constant: tuple[float, ...] | None) -> torch.Tensor:
         """Of routers that know the call, and of experts that are no deltas of the weight."""
-        if self.context.path == "merged":
-            raise _unmerged()
-        y = super().forward(x)
         call = self.context.call
         if call is not None and call.watched == self.index:
             call.seen = x
         if (call is not None and call.off) or (self.context.weights is not None and not any(self.context.weights)):
-            return cast(torch.Tensor, y)
+            return cast(torch.Tensor, super().forward(x))
         bank, context = self.bank, self.context
+        if context.path == "merged":
+            dense = None if self.by_token or flows(self) else bank(lambda: merged(self, x, call))
+            if dense is None:
+                raise _unmerged()
+            return F.linear(x, *dense)
+        y = super().forward(x)
         read = y if bank.shape.after else x
         read = read.to(bank.dtype)
         if not self.by_token:
@@ -163,7 +166,12 @@ class _Mixture(nn.Module):
         Args:
             weights: one per candidate.
         """
-        delta, added = self.bank.delta(weights)
+        return self.onto_base(*self.bank.delta(weights))
+
+    def onto_base(
+        self, delta: torch.Tensor, added: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The base's weight and bias with deltas of them, (d_out, d_in) and (d_out,), in the base's dtype."""
         base = self.weight.T if isinstance(self, Conv1D) else self.weight
         bias = cast(Any, self.bias)
         if added is not None:
@@ -254,7 +262,8 @@ def _unmerged() -> CoterieError:
     return CoterieError(
         "the merged path needs one decision for the whole call, of experts that are deltas of a weight",
         "model.coterie.use_path",
-        'name the expert (model.coterie.route("name")), or leave the path at "auto"',
+        'name the expert (model.coterie.route("name")), give one example to routers that decide by example, or leave '
+        'the path at "auto"',
     )
 
 

@@ -69,6 +69,44 @@ def _add(layer: Any, rows: Tensor, into: Tensor, call: Call) -> Tensor:
     return _gates(decision)[:, None]
 
 
+def merged(layer: Any, x: Tensor, call: Call | None) -> tuple[Tensor, Tensor | None] | None:
+    """The layer's weight (d_out, d_in) and bias, with what a call's only example gets added to them.
+
+    Beside a KV cache they are kept for the steps that go on from it: a second copy of the weights, at dense speed.
+
+    Args:
+        layer: a mixture layer, at inference.
+        x: its input.
+        call: the call.
+
+    Returns:
+        None where the call has several decisions, or experts are no deltas of the weight.
+    """
+    bank, routing = layer.bank, layer.routing
+    if call is None or call.batch != 1 or call.gates is not None or routing.combine == "slots":
+        return None
+    if not bank.linear or bank.shape.norm or (layer.training and bank.shape.dropout):
+        return None
+    if routing.pool == "token" or (routing.pool == "segment" and not (layer.decodes or call.continues)):
+        return None
+    name, kept = ("dense", layer.index), {} if call.kept is None else call.kept
+    known = kept.get(name) if call.continues else None
+    if known is None or layer.context.recorders:
+        rows = rows_of(x.to(bank.dtype), call)
+        decision = _decision(layer, rows, call)
+        if layer.context.recorders:
+            layer._record(_gates(decision), rows.shape[:2])
+    if known is None:
+        if routing.combine == "factors":
+            down, up, *biases = _merge(bank, decision, rows.dtype)
+            delta, added = bank.shape.scale * up[0].T @ down[0], biases[0][0] if biases else None
+        else:
+            delta, added = bank.delta(_gates(decision)[0].tolist())
+        kept[name] = known = layer.onto_base(delta, added)
+    dense: tuple[Tensor, Tensor | None] = known
+    return dense
+
+
 def _apply(bank: Bank, x: Tensor, decision: Decision, into: Tensor) -> None:
     """Outputs mixed under a decision for each row of x (batch, tokens, width)."""
     flat, y, spread = x.flatten(0, 1), into.flatten(0, 1), decision.spread(x.shape[1])

@@ -46,8 +46,8 @@ class Call:
         watched: number of the layer of which that pass keeps what it reads, and
         seen: what it read, (batch, tokens, width).
         kept: decisions that outlive the call, by layer, beside the KV cache: gates (batch, E); None without a cache.
-            Under ("merged", layer), the experts that they merged; -1, `key`; -2, the cache of the pass before; -3, its
-            gates.
+            Under ("merged", layer), the experts that they merged; ("dense", layer), a weight and a bias that have such
+            an expert in them; -1, `key`; -2, the cache of the pass before; -3, its gates.
         continues: whether the call goes on from a cache that holds decisions.
         losses: name -> one weighted term for each layer, added to the model's loss.
         policies: sampled choices that wait for their reward.
