@@ -218,7 +218,10 @@ def write(
     Returns:
         What the JSON holds.
     """
-    results = plain({"suite": suite, "comparisons": list(map(asdict, comparisons)), "summary": summary(comparisons)})
+    from ..building.finish import versions
+
+    compared = {"comparisons": list(map(asdict, comparisons)), "summary": summary(comparisons)}
+    results = plain({"suite": suite, **compared, "versions": versions()})
     (out / "results.json").write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     (out / "results.csv").write_text(comma_separated(comparisons), encoding="utf-8")
     if found is None:
