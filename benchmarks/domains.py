@@ -126,8 +126,8 @@ def experiment(cache: Path, steps: int = STEPS) -> Experiment:
         # After attention and after the feed-forward, where the paper's adapters are.
         sites=("*.attention.o_proj", "*.mlp.fc2"), head="classifier", rank=RANK, tokens=17,
         settings={"steps": steps, "batch": BATCH, "base": weights_sha256(base)},
-        about=f"{source}: {len(images):,} pictures; {SHARES[0]:.0%} of them pretrain the base, each other is in one split "
-        f"and under one of {len(SHIFTS)} shifts",
+        about=f"{source}: {len(images):,} pictures; {SHARES[0]:.0%} of them pretrain the base, each other is in one "
+        f"split and under one of {len(SHIFTS)} shifts",
     )  # fmt: skip
 
 
