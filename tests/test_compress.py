@@ -9,6 +9,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -99,6 +100,52 @@ def test_equals_the_papers_formula(tmp_path: Path, arch: str) -> None:
     assert report.bytes_after == sum(t.numel() * t.element_size() for t in written.values())
     assert report.bytes_before == sum(t.numel() * t.element_size() for t in new.values())
     assert report.bytes_after < report.bytes_before / 12 and report.bound < report.bytes_after
+
+
+@pytest.fixture(scope="module")
+def square(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base with eight weights of 8 x 8."""
+    folder = tmp_path_factory.mktemp("square")
+    save(base_model("llama", hidden_size=8, head_dim=2, num_key_value_heads=4), folder / "base")
+    return folder
+
+
+def compressed_deltas(folder: Path, density: float, scale: float, **deltas: Tensor) -> dict[str, Tensor]:
+    """What is left of deltas (8, 8), each that of one weight of a fine-tune; all other tensors are the base's."""
+    config, held = folder / "base" / "config.json", load_file(folder / "base" / "model.safetensors")
+    weights = dict(zip(deltas, (name for name, t in held.items() if t.shape == (8, 8)), strict=False))
+    tuned = held | {weights[of]: held[weights[of]] + delta for of, delta in deltas.items()}
+    (folder / "tuned").mkdir(exist_ok=True)
+    shutil.copyfile(config, folder / "tuned" / "config.json")
+    save_file(tuned, folder / "tuned" / "model.safetensors", metadata={"format": "pt"})
+    options: dict[str, Any] = {"density": density, "scale": scale, "jobs": 1, "force": True}
+    coterie.compress(folder / "base", folder / "tuned", folder / "small", **options)
+    found = read(folder / "small")
+    assert all(found[name].equal(held[name]) for name in set(held) - set(weights.values()))
+    return {of: found[name] - held[name] for of, name in weights.items()}
+
+
+@given(st.integers(0, 2**20), st.sampled_from([0.01, 0.1, 0.5, 1.0]))
+def test_properties(square: Path, seed: int, density: float) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    delta = (torch.randperm(64, generator=draw) + 1) / 16 * torch.randn(64, generator=draw).sign()  # no two alike
+    delta, order = delta.view(8, 8), torch.randperm(64, generator=draw)
+    forms = {
+        "delta": delta,
+        "same": delta,
+        "scaled": -4 * delta,
+        "permuted": delta.flatten()[order].view(8, 8),
+        "zero": torch.zeros(8, 8),
+    }
+    found = compressed_deltas(square, density, 1.0, **forms)
+    near: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-6}  # the base is added and taken off in float32
+    assert int((found["delta"] != 0).sum()) == max(1, round(density * 64))
+    torch.testing.assert_close(found["same"], found["delta"], **near)
+    torch.testing.assert_close(found["scaled"], -4 * found["delta"], **near)
+    torch.testing.assert_close(found["permuted"], found["delta"].flatten()[order].view(8, 8), **near)
+    assert not found["zero"].any()
+    alone = compressed_deltas(square, density, 2.5, delta=delta)  # one tensor changed; the paper's alpha
+    torch.testing.assert_close(alone["delta"], 2.5 * found["delta"], **near)
 
 
 def test_all_of_one_magnitude_and_half_precision(tmp_path: Path) -> None:

@@ -6,21 +6,30 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
 from torch import Tensor, nn
 
 import coterie
 from coterie.building.in_memory import build_in_memory
 from coterie.errors import CoterieError
-from coterie.experts.masked import pack, unpack
+from coterie.experts.masked import Masked, pack, unpack
+from coterie.methods.registry import get
 from coterie.mixture.layer import is_mixture
+from coterie.sources.delta import Dense
 from zoo import base_model, fine_tune, inputs, load_dense, make_adapter, outputs, save
 
 TASKS = ("first", "second", "third")
 METHODS = {"tall": {"threshold": 0.6}, "emr": {}}
+
+# Deltas (experts, out, in) of small whole numbers: sums are exact; zeros, equal magnitudes and ties of signs abound.
+stacks = arrays(
+    np.float32, array_shapes(min_dims=3, max_dims=3, max_side=5), elements=st.integers(-4, 4).map(float)
+).map(torch.from_numpy)
 
 
 def sources(folder: Path, arch: str) -> tuple[nn.Module, list[nn.Module]]:
@@ -53,7 +62,7 @@ def by_formula(method: str, base: dict[str, Tensor], models: list[dict[str, Tens
     found = []
     for t in tau:
         kept = {n: (t[n] * unified[n] > 0) * unified[n] for n in masked}
-        scale = sum(float(t[n].abs().sum()) for n in masked) / sum(float(kept[n].abs().sum()) for n in masked)
+        scale = sum(float(t[n].abs().sum()) for n in masked) / (sum(float(kept[n].abs().sum()) for n in masked) or 1.0)
         found.append({n: base[n] + scale * kept[n] for n in masked})
     return found
 
@@ -97,6 +106,43 @@ def test_equals_the_papers_formula(tmp_path: Path, method: str, arch: str) -> No
                 for s in (states[1 + i], want[i])
             )
             assert given.residuals[i] == pytest.approx(float((tau - kept).norm() / tau.norm()), rel=1e-4)
+
+
+def each_experts(method: str, deltas: Tensor) -> Tensor:
+    """What a mixture of one layer adds to it for each expert, (E, out, in), from their deltas of that shape."""
+    masked = get(method).assemble(**METHODS[method]).fitted
+    assert isinstance(masked, Masked)
+    experts, d_out, d_in = deltas.shape
+    given: list[Any] = [Dense(delta) for delta in deltas]
+    fitted = masked.fit("layer", torch.zeros(d_out, d_in), given, [None] * experts, [1.0] * experts)
+    assert fitted is not None
+    shapes = masked.finish({"layer": fitted.shape}, {"layer": fitted.sums}, {"layer": fitted.report})
+    bank = shapes["layer"].bank(d_in, d_out)
+    bank.load_state_dict(fitted.tensors)
+    with torch.no_grad():
+        return torch.stack([bank.delta(row)[0] for row in torch.eye(experts).tolist()])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@settings(max_examples=50)
+@given(stacks, st.randoms(use_true_random=False), st.sampled_from([4.0, 0.25, -1.0]))
+def test_properties(method: str, deltas: Tensor, random: Any, factor: float) -> None:
+    found = each_experts(method, deltas)
+    want = by_formula(method, {"w": torch.zeros(deltas.shape[1:])}, [{"w": delta} for delta in deltas], {"w"})
+    torch.testing.assert_close(found.double(), torch.stack([task["w"] for task in want]), rtol=1e-6, atol=1e-6)
+    order = random.sample(range(len(deltas)), len(deltas))
+    assert each_experts(method, deltas[order]).equal(found[order])
+    assert each_experts(method, factor * deltas).equal(factor * found)
+    one = deltas[:1]
+    assert each_experts(method, one).equal(one)
+    assert each_experts(method, torch.zeros_like(deltas)).equal(torch.zeros_like(deltas))
+    beside_zero = each_experts(method, torch.cat([torch.zeros_like(one), deltas]))
+    assert beside_zero.equal(torch.cat([torch.zeros_like(one), found]))
+    # Identical experts are elected as they are; added up, they stay where |delta| > 0.6 (E - 1) |delta|.
+    for experts in (2, 3):
+        copies = one.expand(experts, -1, -1)
+        kept = 1 if method == "emr" else experts * (0.6 * (experts - 1) < 1)
+        assert each_experts(method, copies).equal(kept * copies)
 
 
 @given(st.integers(1, 5), st.integers(1, 20), st.integers(0, 2**20))

@@ -1,4 +1,4 @@
-"""KnOTS equals its formula, on matrices and in factor space."""
+"""KnOTS with TIES on each matrix equals its formula, on matrices and in factor space."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def naive_ties(deltas: np.ndarray, density: float) -> np.ndarray:
 
 
 def naive(deltas: np.ndarray, density: float, scale: float) -> np.ndarray:
-    """The paper's steps: SVD of the concatenation, blocks of V, TIES on S V_i^T, back through U."""
+    """The paper's steps, matrix by matrix: SVD of the concatenation, blocks of V, TIES on S V_i^T, back through U."""
     deltas = deltas.astype(np.float64)
     u, s, vt = np.linalg.svd(np.hstack(list(deltas)), full_matrices=False)
     u, s, vt = u[:, s > 1e-5], s[s > 1e-5], vt[s > 1e-5]
@@ -54,7 +54,8 @@ def stack(factors: list[LowRank | None], m: int = 12, n: int = 9) -> torch.Tenso
 
 @pytest.mark.parametrize("density", [0.2, 0.7, 1.0])
 @pytest.mark.parametrize("shape", [(2, 8, 11), (3, 11, 8), (1, 6, 6), (4, 30, 5)])
-def test_equals_the_paper(shape, density):
+def test_equals_the_papers_steps_trimmed_per_matrix(shape, density):
+    """The authors trim an expert's S V_i^T of all matrices together; `knots`, as here, trims that of each by itself."""
     deltas = noise(*shape)
     before = deltas.clone()
     merged = knots(deltas, density=density)
@@ -65,7 +66,7 @@ def test_equals_the_paper(shape, density):
 
 @pytest.mark.parametrize("density", [0.2, 1.0])
 @pytest.mark.parametrize("ranks", [[3], [2, 2], [1, None, 4, 2], [8, 8]])
-def test_in_factor_space_equals_the_paper(ranks, density):
+def test_in_factor_space_equals_the_papers_steps_trimmed_per_matrix(ranks, density):
     factors = adapters(ranks)
     merged = knots_lora(factors, density=density, scale=0.9)
     deltas = torch.stack([f.dense() for f in factors if f])

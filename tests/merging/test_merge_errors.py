@@ -1,4 +1,4 @@
-"""Bad input to a merge through the real command line: exit code 2, one sentence, no traceback, and nothing written."""
+"""Bad input to a merge beyond `tests/test_cli_errors.py`: exit code 2, one sentence, no traceback, nothing written."""
 
 from __future__ import annotations
 
@@ -286,11 +286,6 @@ def test_float16_overflows(place: Place):
     place.refuses(given, "overflows float16", "bfloat16")
 
 
-def test_a_tensor_of_another_shape(place: Place):
-    place.change("b", Q, lambda t: t[:16])
-    place.refuses(place.recipe(), Q, "[16, 32]", "expert 'b'")
-
-
 def test_a_tensor_that_has_no_place(place: Place):
     file = place.root / "b" / "model.safetensors"
     save_file(load_file(file) | {"model.layers.0.self_attn.k_norm.weight": torch.ones(8)}, file, {"format": "pt"})
@@ -351,18 +346,6 @@ def test_a_mixture(place: Place):
     place.refuses(place.recipe(), "is a mixture", "the experts that it was built from")
 
 
-def test_pickles(place: Place):
-    (place.root / "b" / "model.safetensors").unlink()
-    torch.save({}, place.root / "b" / "pytorch_model.bin")
-    place.refuses(place.recipe(), "pickled", "coterie convert")
-
-
-def test_a_truncated_file(place: Place):
-    file = place.root / "b" / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-    place.refuses(place.recipe(), "truncated or damaged", "model.safetensors")
-
-
 def test_a_buffer_that_differs(tmp_path: Path, capsys: Any, monkeypatch: Any):
     place = Place(tmp_path, capsys, monkeypatch)
     for name, value in (("base", 0), ("a", 0), ("b", 1)):
@@ -395,3 +378,14 @@ def test_a_method_that_breaks_down_leaves_nothing(place: Place, monkeypatch: pyt
         return deltas[0] * float("nan")
 
     place.refuses(place.recipe(method="broken"), "is not a number", "method broken")
+
+
+@pytest.mark.parametrize("name", ["base", "b"])
+@pytest.mark.parametrize("method", ["iso_c", "iso_cts", "tsv_m", "svc", "subspace_boosting", "knots"])
+def test_not_a_number_where_matrices_are_factorised(place: Place, method: str, name: str):
+    def spoilt(tensor: torch.Tensor) -> torch.Tensor:
+        tensor[0, 0] = float("nan")
+        return tensor
+
+    place.change(name, Q, spoilt)
+    place.refuses(place.recipe(method=method), f"{Q!r} holds 1 NaN", str(place.root / name))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from routed import data, encoder
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import coterie
 from zoo import ARCHS, base_model, make_adapter, save
 
 Factors = tuple[Tensor, Tensor]  # A (r, in), and B (out, r) times the adapter's scale
@@ -25,14 +27,34 @@ TARGETS = {
     "t5": (("q", "v", "wo"), ("q", "wi_0"), ("v", "q")),
 }
 RANKS = (4, 6, 2)
+EXAMPLES = (  # texts of the adapters' tasks
+    ["the first words", "some more of them"],
+    ["whatever else", "there is to say", "and so on"],
+    ["a third thing"],
+)
 
 
-def drawer(root: Path, arch: str) -> dict[str, Any]:
+def drawer(root: Path, arch: str, targets: Sequence[Sequence[str]] | None = None) -> dict[str, Any]:
     """A base and three adapters of unequal ranks and targets: a recipe without its method."""
     base = save(base_model(arch), root / "base")
-    for i, (targets, rank) in enumerate(zip(TARGETS[arch], RANKS, strict=True)):
-        make_adapter(base, root / f"adapter {i}", i, rank, targets, arch=arch, scale=2.0)
+    for i, (own, rank) in enumerate(zip(targets or TARGETS[arch], RANKS, strict=True)):
+        make_adapter(base, root / f"adapter {i}", i, rank, own, arch=arch, scale=2.0)
     return {"base": str(base), "experts": {f"e/{i}. é": str(root / f"adapter {i}") for i in range(len(RANKS))}}
+
+
+def library(root: Path, recipe: dict[str, Any], arch: str) -> dict[str, Any]:
+    """The same recipe, its experts from a library that keeps all that routers may ask for; gates are random."""
+    kept, generator = coterie.library.create(root / "library", recipe["base"]), torch.Generator().manual_seed(3)
+    experts = {}
+    for i, (name, source) in enumerate(recipe["experts"].items()):
+        expert = kept.add(f"e{i}", source, examples=EXAMPLES[i])
+        vectors = {path: torch.randn(layer.shape[1], generator=generator) for path, layer in expert.layers.items()}
+        kept.put(f"e{i}", "gate", vectors)
+        kept.average_activation(f"e{i}", base_model(arch), data(arch))
+        experts[name] = f"{kept.path}#e{i}"
+    for kind in ("task", "examples"):
+        kept.embed(encoder, kind)
+    return {**recipe, "experts": experts}
 
 
 def with_spectrum(base: Path, out: Path, seed: int, values: Tensor, arch: str = "bert") -> Path:
@@ -141,7 +163,8 @@ def mixture_of(
     Args:
         gate: of a layer's experts; None where `weights` says.
         read: (batch, tokens) bool: the router reads the mean of these tokens; None: it reads each token.
-        weights: (batch, experts of all), instead of a gate; or a layer's path and experts to theirs, (n,).
+        weights: (batch, experts of all), instead of a gate; or a layer's path and experts to theirs, (n,) or
+            (batch, tokens, n).
     """
     model = copy.deepcopy(base_model(arch)).double()
     found: dict[str, list[tuple[int, Factors]]] = {}
@@ -155,7 +178,7 @@ def mixture_of(
         def hook(_module: nn.Module, args: Any, y: Tensor) -> Tensor:
             x = args[0]
             if callable(weights):
-                gates = weights(path, who).expand(len(x), 1, -1)
+                gates = weights(path, who)
             elif weights is not None:
                 gates = weights.double()[:, None, who]
             elif read is None:

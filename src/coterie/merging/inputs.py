@@ -368,9 +368,16 @@ def _same_kind(recipe: MergeRecipe, config: dict[str, Any], places: dict[str, Lo
         if place.is_adapter:
             continue
         theirs = _raw_config(place).get("model_type")
-        if theirs != kind:
+        if theirs != kind and kind is None and recipe.base:
             raise CoterieError(
-                f"is a {theirs!r} model, and {'the base' if recipe.base else 'the first expert'} a {kind!r} model",
+                f"its config.json names no model_type, and expert {name!r} is a {theirs!r} model",
+                f"base ({recipe.base})",
+                "fetch it again",
+            )
+        if theirs != kind:
+            first = f"the base ({recipe.base})" if recipe.base else "the first expert"
+            raise CoterieError(
+                f"is a {theirs!r} model, and {first} a {kind!r} model",
                 f"expert {name!r} ({place.path})",
                 "only models of one architecture can be merged",
             )

@@ -161,7 +161,12 @@ def _run(stack: Stack, how: Treatment, surveys: list[Any] | None, factor: float,
     for block, (start, stop, rows) in enumerate(stack.blocks(BLOCK if how.by_elements else None)):
         weighted, (base, merged, spare) = _weighted(rows[:count], how), rows[count:]
         given = _given(stack, how, weighted, base, block) | {"survey": survey}
-        made = method.function(**{n: v() if callable(v := given[n]) else v for n in method.asks}, **how.parameters)
+        try:
+            made = method.function(**{n: v() if callable(v := given[n]) else v for n in method.asks}, **how.parameters)
+        except torch.linalg.LinAlgError:
+            if rows[: count + 1].isfinite().all():
+                raise
+            _refuse(stack, how)
         if how.turned:
             made = made.transpose(-1, -2)
         merged.copy_(made.reshape(-1))

@@ -275,7 +275,8 @@ class Forward:
                 call.prompt = valid & (torch.arange(valid.shape[1], device=valid.device) <= valid.shape[1] - kept)
         if call.prompt is None and self.routing.pool == "segment":
             return
-        if call.prompt is None or not bool(call.prompt.any(1).all()):
+        # Within a graph nothing may look at what a tensor holds.
+        if call.prompt is None or not (torch.compiler.is_compiling() or bool(call.prompt.any(1).all())):
             raise CoterieError(
                 "the routers decide by the prompt, and the call does not say where it ends",
                 "prompt_lengths",

@@ -168,9 +168,7 @@ class _Mixture(nn.Module):
         """
         return self.onto_base(*self.bank.delta(weights))
 
-    def onto_base(
-        self, delta: torch.Tensor, added: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def onto_base(self, delta: torch.Tensor, added: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The base's weight and bias with deltas of them, (d_out, d_in) and (d_out,), in the base's dtype."""
         base = self.weight.T if isinstance(self, Conv1D) else self.weight
         bias = cast(Any, self.bias)

@@ -49,7 +49,7 @@ def _add(layer: Any, rows: Tensor, into: Tensor, call: Call) -> Tensor:
     if routing.combine == "slots" and not decided:
         return _slots(layer, rows, into, call)
     if call.gates is not None:
-        gates = _of_tokens(router.score(call, layer.index), rows, _valid(layer, rows, call))
+        gates = _of_tokens(router.score(call, layer.index), rows, call.valid)
         gates = gates if router.candidates is None else gates[..., router.candidates]
         _mix(bank, rows, gates, into)
         return gates
