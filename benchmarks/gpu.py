@@ -69,8 +69,8 @@ class Copies:
             yield
 
 
-def captured(call: Callable[[], Any]) -> Callable[[], Any]:
-    """The call as a CUDA graph."""
+def captured(call: Callable[[], Tensor]) -> tuple[Callable[[], Any], Tensor]:
+    """The call as a CUDA graph, and where that leaves the output."""
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
@@ -79,8 +79,8 @@ def captured(call: Callable[[], Any]) -> Callable[[], Any]:
     torch.cuda.current_stream().wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        call()
-    return graph.replay
+        output = call()
+    return graph.replay, output
 
 
 def awaited(call: Callable[[], Any], device: torch.device) -> Callable[[], None]:
@@ -104,18 +104,23 @@ def measure(cell: Cell, subject: Subject, device: torch.device) -> dict[str, Any
     xs = [inputs.arguments["x"].to(device) for _ in range(copies)]
     dense, ours = Copies(subject.dense, xs), Copies(subject.mixture, xs)
     agreement = {}
-    for path in ("stacked", "grouped"):
-        with ours.path(path):
-            agreement[path] = share_right(ours()[:, :64].cpu(), right, TOLERANCE[cell.dtype])
+
+    def agree(name: str, output: Tensor) -> None:
+        agreement[name] = share_right(output[:, :64].cpu(), right, TOLERANCE[cell.dtype])
+
     variants = {"eager": [Variant("dense", awaited(dense, device), nullcontext)]}
     for path in ("stacked", "grouped"):
+        with ours.path(path):
+            agree(f"{path}, eager", ours())
         variants["eager"].append(Variant(path, awaited(ours, device), partial(ours.path, path)))
     if device.type == "cuda":
         with ours.path("stacked"):
-            graph = captured(ours)
+            replay, output = captured(ours)
+        awaited(replay, device)()
+        agree("stacked, graph", output)
         variants["graph"] = [
-            Variant("dense", awaited(captured(dense), device), nullcontext),
-            Variant("stacked", awaited(graph, device), nullcontext),
+            Variant("dense", awaited(captured(dense)[0], device), nullcontext),
+            Variant("stacked", awaited(replay, device), nullcontext),
         ]
     figures = {kind: side_by_side(listed, copies)[0] for kind, listed in variants.items()}
     subject.dense.to("cpu"), subject.mixture.to("cpu")
@@ -137,9 +142,12 @@ def row(account: dict[str, Any]) -> dict[str, Any]:
     ratios = {f"{name}, {kind}": figures["ratio"] for kind, each in kinds.items() for name, figures in each.items()}
     ratios = {name: value for name, value in ratios.items() if not name.startswith("dense")}
     times = {f"dense, {kind}, ms": each["dense"]["ms"] for kind, each in kinds.items()}
-    best = min(ratios.values())
     head = {name: account[name] for name in ("cell", "theory", "goal")}
-    return {**head, **times, **ratios, "met": "yes" if best <= account["goal"] else "no"}
+    # The stacked path is what "auto" takes on a GPU.
+    met = {
+        f"met, {kind}": "yes" if each["stacked"]["ratio"] <= account["goal"] else "no" for kind, each in kinds.items()
+    }
+    return {**head, **times, **ratios, **met}
 
 
 def main() -> int:
@@ -166,18 +174,20 @@ def main() -> int:
             subject.to(getattr(torch, dtype))
             accounts.append(measure(cell, subject, device))
             print(row(accounts[-1]), flush=True)
-    if device.type == "cuda" and not options.only and options.shrink == 1:
+    wrong = [account["cell"] for account in accounts if not account["right"]]
+    if wrong:
+        print(f"wrong, and nothing is written: {', '.join(wrong)}", file=sys.stderr)
+    elif device.type == "cuda" and not options.only and options.shrink == 1:
         result = {
             "what": f"layers of Llama-7B's shapes, E = {options.experts}, rank 32, gate rank 16, top-1, {dtype}, on "
             f"{torch.cuda.get_device_name(device)}; ratios to the dense layer run the same way",
             "cells": [row(account) for account in accounts],
-            "accounts": {account["cell"]: account for account in accounts},
             "versions": versions("coterie", "torch"),
             "machine": machine(),
         }
         options.out.write_text(json.dumps(result, indent=1) + "\n")
         print(f"written: {options.out}")
-    return 0 if all(account["right"] for account in accounts) else 1
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

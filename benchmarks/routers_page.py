@@ -124,15 +124,20 @@ def gates_picture(result: Result, path: Path) -> None:
     _save(figure, path)
 
 
-def gates_table(result: Result, methods: tuple[str, ...] = ("smear", "switch")) -> str:
+def gates_table(result: Result, shown_of: tuple[str, ...] = ("smear", "switch")) -> str:
     """The expert that serves each task most in the last routed layer of every block, with its mean gate."""
     head, columns = ["task"], []
-    for key in (key for key in methods if result["methods"].get(key, {}).get("gates")):
-        last = {block(layer): gates for layer, gates in result["methods"][key]["gates"].items()}
-        for number, gates in last.items():
+    for key in shown_of:
+        gates_of = (result["methods"][key]["gates"] if key in result["methods"] else None) or {}
+        for number, gates in {block(layer): gates for layer, gates in gates_of.items()}.items():
             head.append(f"{NAMES[key]}, block {number}")
             columns.append([f"{max(range(len(row)), key=row.__getitem__) + 1} ({max(row):.2f})" for row in gates])
-    return table(head, [[task, *(column[i] for column in columns)] for i, task in enumerate(result["tasks"])])
+    if not columns:
+        return ""
+    rows = [[task, *(column[i] for column in columns)] for i, task in enumerate(result["tasks"])]
+    return "The expert that serves each task most there, by its number in its layer, and its mean gate:\n\n" + table(
+        head, rows
+    )
 
 
 def section(result: Result, experiment: str, folder: Path) -> str:
@@ -147,9 +152,7 @@ def section(result: Result, experiment: str, folder: Path) -> str:
     )
     gates = (
         f"![Which expert serves which task]({folder.name}/{experiment}-gates.svg)\n\n*Mean gates of the first seed: "
-        "rows are tasks, columns the experts of the last routed layer in every block.*\n\n"
-        "The expert that serves each task most there, by its number in its layer, and its mean gate:\n\n"
-        + gates_table(result)
+        "rows are tasks, columns the experts of the last routed layer in every block.*"
         if any(method["gates"] for method in result["methods"].values())
         else ""
     )
@@ -165,6 +168,7 @@ def section(result: Result, experiment: str, folder: Path) -> str:
             "thread; memory is the anonymous peak of training over what the process held before.",
             cost_table(result),
             gates,
+            gates_table(result),
         )
         if part
     )

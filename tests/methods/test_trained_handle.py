@@ -7,7 +7,7 @@ import copy
 import naive
 import pytest
 import torch
-from trained import CAUSAL, KINDS, batch_of, call_of, quick, tasks, wrapped
+from trained import CAUSAL, KINDS, batch_of, call_of, quick, randomise, tasks, wrapped
 
 import coterie
 from coterie.mixture.layer import _Mixture
@@ -238,6 +238,52 @@ def test_one_example_is_merged_where_it_has_one_decision(arch, method, options):
         assert relative_error(logits_of(model, given), wanted) <= 1e-5
     with model.coterie.use_path("merged"), pytest.raises(coterie.CoterieError, match="one decision for the whole call"):
         model(**given)  # gradients would have to flow through the merge
+
+
+def test_a_merge_cuts_no_gradient_of_the_input():
+    model = wrapped("bert", "ensemble").eval().requires_grad_(False)
+    given = batch_of("bert", batch=1)
+    given["inputs_embeds"] = model.get_input_embeddings()(given.pop("input_ids")).requires_grad_()
+    with model.coterie.use_path("merged"), pytest.raises(coterie.CoterieError, match="one decision for the whole call"):
+        model(**given)
+
+
+def test_a_merged_layer_records_what_the_others_do():
+    model = wrapped("bert", "smear").eval()
+    given = batch_of("bert", batch=1)
+    found = {}
+    for path in ("auto", "merged"):
+        with model.coterie.use_path(path), coterie.routing_trace(model) as trace:
+            logits_of(model, given)
+        found[path] = dict(trace)
+    assert found["merged"].keys() == found["auto"].keys()
+    for layer, gates in found["auto"].items():
+        torch.testing.assert_close(found["merged"][layer], gates)
+
+
+def test_a_merge_in_half_precision_is_near_the_pair():
+    model = wrapped("bert", "smear").eval().bfloat16()
+    exact = copy.deepcopy(model).float()
+    given = batch_of("bert", batch=1)
+    wanted = logits_of(exact, given)
+    with model.coterie.use_path("merged"):
+        merged = relative_error(logits_of(model, given).float(), wanted)
+    assert merged <= 2 * relative_error(logits_of(model, given).float(), wanted) + 2e-3
+
+
+def test_a_merge_follows_who_is_named_on_one_cache():
+    config = coterie.MixtureConfig(method="xlora_frozen", experts=3, parameters={"rank": 4})
+    model = coterie.wrap(base_model("llama"), config).eval()
+    randomise(model)
+    ids = torch.tensor([[3, 4, 5]])
+    found = {}
+    for path in ("auto", "merged"):
+        with torch.no_grad(), model.coterie.use_path(path):
+            with model.coterie.route(["expert 0"]):
+                cache = model(input_ids=ids, use_cache=True).past_key_values
+            with model.coterie.route(["expert 1"]):
+                found[path] = model(input_ids=ids[:, :1], past_key_values=cache).logits
+    assert relative_error(found["merged"], found["auto"]) <= 1e-5
 
 
 @pytest.mark.parametrize("method", ["smear", "ensemble"])

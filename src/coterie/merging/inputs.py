@@ -368,11 +368,12 @@ def _same_kind(recipe: MergeRecipe, config: dict[str, Any], places: dict[str, Lo
         if place.is_adapter:
             continue
         theirs = _raw_config(place).get("model_type")
-        if theirs != kind and kind is None and recipe.base:
+        if theirs != kind and None in (theirs, kind):
+            known, lacks = theirs or kind, f"expert {name!r} ({place.path})"
+            if kind is None:
+                lacks = f"base ({recipe.base})" if recipe.base else "the first expert"
             raise CoterieError(
-                f"its config.json names no model_type, and expert {name!r} is a {theirs!r} model",
-                f"base ({recipe.base})",
-                "fetch it again",
+                f"its config.json names no model_type, where another's is {known!r}", lacks, "fetch it again"
             )
         if theirs != kind:
             first = f"the base ({recipe.base})" if recipe.base else "the first expert"

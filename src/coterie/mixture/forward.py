@@ -266,7 +266,7 @@ class Forward:
             call.prompt = valid & (valid.cumsum(1) <= by_example("prompt_lengths", lengths, main)[:, None])
         elif isinstance(labels, Tensor):
             call.prompt = valid & ((labels != -100).cumsum(1) == 0)
-            if self.routing.pool == "segment" and not bool(call.prompt.any()):
+            if self.routing.pool == "segment" and not torch.compiler.is_compiling() and not bool(call.prompt.any()):
                 call.prompt = None
         elif cache is not None:
             call.prompt = valid  # the first step of `generate`, which may have drafts at its end to check

@@ -233,9 +233,9 @@ class Handle:
         Args:
             path: stacked (all experts at once), grouped (each expert on its own tokens), merged (one dense weight,
                 where one decision holds for the whole call: after `route` to one expert or one mix; or, at inference,
-                for one example of routers that decide by example, then kept beside its KV cache), native (compiled,
-                for layers that decide for themselves, at inference; others as with auto), or auto. Routers that
-                decide by example take no other path than these: stacked and grouped are as auto for them.
+                for one example of routers that decide by example: what a prompt decides is kept beside its KV cache,
+                other calls merge anew), native (compiled, for layers that decide for themselves, at inference; others
+                as with auto), or auto. For routers that decide by example, stacked and grouped mean auto.
 
         Raises:
             CoterieError: there is no such path, or native cannot be compiled here.

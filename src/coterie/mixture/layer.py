@@ -87,7 +87,7 @@ class _Mixture(nn.Module):
             return cast(torch.Tensor, super().forward(x))
         bank, context = self.bank, self.context
         if context.path == "merged":
-            dense = None if self.by_token or flows(self) else bank(lambda: merged(self, x, call))
+            dense = None if self.by_token else bank(lambda: merged(self, x, call))
             if dense is None:
                 raise _unmerged()
             return F.linear(x, *dense)

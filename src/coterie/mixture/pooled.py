@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ..errors import CoterieError
 from ..experts.bank import Bank
+from ..experts.derived import flows
 from ..routing.call import Call, repeated
 from ..routing.decision import Decision
 from ..routing.pooling import masked_mean, segment_means, segments_of
@@ -72,33 +73,37 @@ def _add(layer: Any, rows: Tensor, into: Tensor, call: Call) -> Tensor:
 def merged(layer: Any, x: Tensor, call: Call | None) -> tuple[Tensor, Tensor | None] | None:
     """The layer's weight (d_out, d_in) and bias, with what a call's only example gets added to them.
 
-    Beside a KV cache they are kept for the steps that go on from it: a second copy of the weights, at dense speed.
+    What a prompt decided is kept beside its KV cache for the steps that go on from it: a second copy of the weights, at
+    dense speed. Else a call merges anew.
 
     Args:
-        layer: a mixture layer, at inference.
+        layer: a mixture layer.
         x: its input.
         call: the call.
 
     Returns:
-        None where the call has several decisions, or experts are no deltas of the weight.
+        None where the call has several decisions or wants gradients, or experts are no deltas of the weight.
     """
     bank, routing = layer.bank, layer.routing
+    if flows(layer) or (x.requires_grad and torch.is_grad_enabled()):
+        return None
     if call is None or call.batch != 1 or call.gates is not None or routing.combine == "slots":
         return None
     if not bank.linear or bank.shape.norm or (layer.training and bank.shape.dropout):
         return None
     if routing.pool == "token" or (routing.pool == "segment" and not (layer.decodes or call.continues)):
         return None
-    name, kept = ("dense", layer.index), {} if call.kept is None else call.kept
+    named = layer.context.weights is not None or layer.context.gates is not None
+    name, kept = ("dense", layer.index), {} if call.kept is None or named else call.kept
     known = kept.get(name) if call.continues else None
     if known is None or layer.context.recorders:
         rows = rows_of(x.to(bank.dtype), call)
         decision = _decision(layer, rows, call)
         if layer.context.recorders:
-            layer._record(_gates(decision), rows.shape[:2])
+            layer._record(_gates(decision), torch.Size((1, 1)))
     if known is None:
         if routing.combine == "factors":
-            down, up, *biases = _merge(bank, decision, rows.dtype)
+            down, up, *biases = _merge(bank, decision, torch.promote_types(rows.dtype, torch.float32))
             delta, added = bank.shape.scale * up[0].T @ down[0], biases[0][0] if biases else None
         else:
             delta, added = bank.delta(_gates(decision)[0].tolist())
