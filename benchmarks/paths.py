@@ -2,7 +2,8 @@
 
 The shapes are none of those that benchmarks/running.py measures.
 
-    python benchmarks/paths.py        # writes benchmarks/results/paths.json, prints the prices and the regret
+    python benchmarks/paths.py            # writes benchmarks/results/paths.json, prints the prices and the regret
+    python benchmarks/paths.py --judge    # after a change of the rule: what it loses on the times of the last run
 """
 
 from __future__ import annotations
@@ -65,36 +66,49 @@ def fit(rows: list[dict[str, Any]]) -> cost.Prices:
     return cost.Prices(*(float(f"{price / flop:.2g}") for price in (read, moved, expert)))
 
 
+def measured(dtype: torch.dtype, seconds: float) -> list[dict[str, Any]]:
+    """Every shape's times."""
+    rows = []
+    for (d_in, d_out), (experts, rank), tokens in product(WIDTHS, BANKS, TOKENS):
+        bytes_each = dtype.itemsize * (d_in * d_out + experts * rank * (d_in + d_out))
+        copies = 1 if tokens > 64 else int(LAST_LEVEL_CACHE / bytes_each) + 1
+        layers = [mixture(d_in, d_out, experts, rank, dtype) for _ in range(copies)]
+        with torch.inference_mode():
+            times = measure(layers, torch.randn(tokens, d_in, dtype=dtype), seconds)
+        rows.append({"tokens": tokens, "d_in": d_in, "d_out": d_out, "experts": experts, "rank": rank, **times})
+    return rows
+
+
+def judged(dtype: torch.dtype, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The prices that suit the times best, and what the rule in use loses by its choices."""
+    for row in rows:
+        layer = mixture(row["d_in"], row["d_out"], row["experts"], row["rank"], dtype)
+        case = (row["tokens"], layer.bank.shape, 1, row["d_in"], row["d_out"])
+        row |= {"difference": cost.difference(*case), "picked": cost.cheapest(*case, dtype)}
+    regrets = [row[row["picked"]] / min(row["stacked"], row["grouped"]) - 1 for row in rows]
+    return {
+        "fitted": vars(fit(rows)),
+        "in_use": vars(cost.SINGLE if dtype.itemsize >= 4 else cost.HALF),
+        "regret": {"mean": statistics.mean(regrets), "worst": max(regrets)},
+        "rows": rows,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seconds", type=float, default=0.3, help="per shape")
-    seconds = parser.parse_args().seconds
+    parser.add_argument("--judge", action="store_true", help="judge the rule in use by the times of the last run")
+    options = parser.parse_args()
     torch.manual_seed(0)
-    result: dict[str, Any] = {"threads": 1, "seconds": seconds}
     torch.set_num_threads(1)
+    result: dict[str, Any] = json.loads(RESULT.read_text()) if options.judge else {}
     for dtype in (torch.float32, torch.bfloat16):
-        rows = []
-        for (d_in, d_out), (experts, rank), tokens in product(WIDTHS, BANKS, TOKENS):
-            bytes_each = dtype.itemsize * (d_in * d_out + experts * rank * (d_in + d_out))
-            copies = 1 if tokens > 64 else int(LAST_LEVEL_CACHE / bytes_each) + 1
-            layers = [mixture(d_in, d_out, experts, rank, dtype) for _ in range(copies)]
-            with torch.inference_mode():
-                times = measure(layers, torch.randn(tokens, d_in, dtype=dtype), seconds)
-            shape = layers[0].bank.shape
-            row = {"tokens": tokens, "d_in": d_in, "d_out": d_out, "experts": experts, "rank": rank, **times}
-            rows.append({**row, "difference": cost.difference(tokens, shape, 1, d_in, d_out)})
-            rows[-1]["picked"] = cost.cheapest(tokens, shape, 1, d_in, d_out, dtype)
         name = str(dtype).removeprefix("torch.")
-        regrets = [row[row["picked"]] / min(row["stacked"], row["grouped"]) - 1 for row in rows]
-        prices = fit(rows)
-        result[name] = {
-            "fitted": vars(prices),
-            "in_use": vars(cost.SINGLE if dtype.itemsize >= 4 else cost.HALF),
-            "regret": {"mean": statistics.mean(regrets), "worst": max(regrets)},
-            "rows": rows,
-        }
-        print(name, prices, f"regret of the rule in use: mean {statistics.mean(regrets):.1%}, worst {max(regrets):.1%}")
-    result |= {"versions": versions("coterie", "torch"), "machine": machine()}
+        result[name] = judged(dtype, result[name]["rows"] if options.judge else measured(dtype, options.seconds))
+        print(name, *(result[name][key] for key in ("fitted", "in_use", "regret")), sep="\n  ")
+    if not options.judge:
+        result |= {"threads": 1, "seconds": options.seconds}
+        result |= {"versions": versions("coterie", "torch"), "machine": machine()}
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
 
 
