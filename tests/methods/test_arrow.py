@@ -89,6 +89,15 @@ def test_equals_pefts_where_fifteen_iterations_suffice(k: int, tmp_path: Path) -
     assert apart("llama", got, want, batch("llama")) < 2e-5
 
 
+def test_what_peft_saves_of_its_arrow_are_experts(tmp_path: Path) -> None:
+    recipe, adapters = spectra(tmp_path, 2 * 0.4 ** torch.arange(4))
+    theirs = pefts(tmp_path / "base", adapters, 2)
+    theirs.save_pretrained(tmp_path / "saved")
+    folders = {f"{i}": str(tmp_path / "saved" / f"task_{i}") for i in range(3)}
+    got = built({**recipe, "experts": folders}, "arrow", tmp_path / "m", top_k=2)
+    assert apart("llama", got, theirs, batch("llama")) < 2e-5
+
+
 def test_is_exact_where_pefts_is_not(tmp_path: Path) -> None:
     """Singular values that lie near each other: fifteen power iterations end up somewhere between their directions."""
     recipe, adapters = spectra(tmp_path, torch.tensor([2.0, 1.96, 1.9, 1.0]))
