@@ -26,7 +26,6 @@ SMILE = {
     "full": [{"rank": 32, "gate_rank": gate} for gate in (8, 16, 32)],
 }
 MIXTURES = ("smile", "tall", "emr")
-TOO_SLOW = ("wudi",)  # 300 steps of Adam on every matrix; its closed form is in the table
 TWO_ONLY = ("slerp",)
 
 
@@ -42,7 +41,7 @@ def main() -> None:
     options = parser.parse_args()
     name = "merges" if options.experts == "committed" else "merges-full"
     of_adapters = {m.name for m in registry.known() if m.acts_on == "factors"}
-    left_out = {*TOO_SLOW, *TWO_ONLY, *(of_adapters if options.experts == "full" else ())}
+    left_out = {*TWO_ONLY, *(of_adapters if options.experts == "full" else ())}
     methods = options.methods or ",".join(
         [*MIXTURES, *(method.name for method in registry.known() if method.name not in left_out)]
     )
