@@ -26,6 +26,7 @@ SMILE = {
     "full": [{"rank": 32, "gate_rank": gate} for gate in (8, 16, 32)],
 }
 MIXTURES = ("smile", "tall", "emr")
+DESCENT = ("wudi",)  # 300 steps of Adam on every matrix: among full fine-tunes only; its closed form is in both tables
 TWO_ONLY = ("slerp",)
 
 
@@ -41,7 +42,7 @@ def main() -> None:
     options = parser.parse_args()
     name = "merges" if options.experts == "committed" else "merges-full"
     of_adapters = {m.name for m in registry.known() if m.acts_on == "factors"}
-    left_out = {*TWO_ONLY, *(of_adapters if options.experts == "full" else ())}
+    left_out = {*TWO_ONLY, *(of_adapters if options.experts == "full" else DESCENT)}
     methods = options.methods or ",".join(
         [*MIXTURES, *(method.name for method in registry.known() if method.name not in left_out)]
     )

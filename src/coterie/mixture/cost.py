@@ -26,7 +26,7 @@ class Prices:
     expert: float
 
 
-# Fitted to two runs together; that for float32 has no price for the calls, and a small one chooses alike.
+# Chosen by hand between the fits of two runs (docs/speed.md has the last one's); their regret is on that page.
 SINGLE = Prices(read=17, moved=23, expert=67_000)
 HALF = Prices(read=24, moved=65, expert=5_500_000)
 

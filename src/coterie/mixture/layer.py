@@ -18,7 +18,7 @@ from . import native
 from .context import Context
 from .cost import SHARED, cheapest
 from .paths import Path, alike, grouped, stacked
-from .pooled import add_pooled, merged
+from .pooled import add_pooled, merged_layer
 
 if TYPE_CHECKING:
     from .siblings import Siblings
@@ -87,7 +87,7 @@ class _Mixture(nn.Module):
             return cast(torch.Tensor, super().forward(x))
         bank, context = self.bank, self.context
         if context.path == "merged":
-            dense = None if self.by_token else bank(lambda: merged(self, x, call))
+            dense = None if self.by_token else bank(lambda: merged_layer(self, x, call))
             if dense is None:
                 raise _unmerged()
             return F.linear(x, *dense)

@@ -70,7 +70,7 @@ def _add(layer: Any, rows: Tensor, into: Tensor, call: Call) -> Tensor:
     return _gates(decision)[:, None]
 
 
-def merged(layer: Any, x: Tensor, call: Call | None) -> tuple[Tensor, Tensor | None] | None:
+def merged_layer(layer: Any, x: Tensor, call: Call | None) -> tuple[Tensor, Tensor | None] | None:
     """The layer's weight (d_out, d_in) and bias, with what a call's only example gets added to them.
 
     What a prompt decided is kept beside its KV cache for the steps that go on from it: a second copy of the weights, at
