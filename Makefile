@@ -12,7 +12,7 @@ single := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help env demo demo-full test test-all lint types format docs bench bench-full bench-paths bench-native bench-gpu bench-merging bench-library bench-arrow bench-routers bench-sweeps bench-smear bench-learned bench-memory bench-fusionbench clean
+.PHONY: help env demo demo-full test test-all lint types format docs bench bench-full bench-paths bench-native bench-gpu bench-merging bench-library bench-arrow bench-routers bench-sweeps bench-suites bench-smear bench-learned bench-memory bench-fusionbench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -88,6 +88,10 @@ bench-routers: $(stamp) ## every router over a drawer of adapters, into docs/rou
 bench-sweeps: $(stamp) ## SMILE's parameters, and decay with more experts, into docs/sweeps.md (about three hours; goes on where it was stopped)
 	@$(py) benchmarks/sweeps.py
 	@$(py) benchmarks/sweeps_page.py
+
+bench-suites: $(stamp) ## every suite's gates, and the headline methods on it, into docs/suites.md (hours; goes on where it was stopped)
+	@$(py) benchmarks/suites.py
+	@$(py) benchmarks/suites_page.py
 
 bench-smear: $(stamp) ## learned routers side by side, into docs/smear.md (about two hours; goes on where it was stopped)
 	@$(py) benchmarks/domains.py

@@ -51,7 +51,7 @@ class Gates:
 
     def verdicts(self) -> dict[str, bool]:
         return {
-            "every expert gains 15 points": min(np.subtract(self.expert, self.base)) >= LEAST_GAIN,
+            "every expert gains 15 points": bool(min(np.subtract(self.expert, self.base)) >= LEAST_GAIN),
             "the best merge recovers at most 75%": self.recovered <= MOST_RECOVERED,
             f"oracle routing at rank {RANK} keeps 97%": self.kept >= LEAST_KEPT,
             "a linear probe names the task at 98%": self.probe >= LEAST_PROBE,

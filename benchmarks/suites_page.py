@@ -1,0 +1,151 @@
+"""Renders docs/suites.md from what suites.py wrote to benchmarks/results/suites.json.
+
+What stands between `<!-- gates -->` or the mark of a part (`<!-- text8-full -->`) and `<!-- end -->` is replaced.
+
+    python benchmarks/suites_page.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import matplotlib.pyplot as plt
+
+from coterie.evaluation.tables import percent
+from coterie.evaluation.tables import shown as answered
+from page import ROOT, filled, shown, table
+from pictures import _save
+from suites import PARTS
+from sweeps_page import interval
+
+Result = dict[str, Any]
+KINDS = {"full": "full fine-tunes", "lora": "LoRA adapters, all from one seed"}
+
+
+def gates(result: Result) -> str:
+    """A line for each part that has gates."""
+    rows = []
+    for name, found in result.items():
+        if "gates" not in found:
+            continue
+        gate, part = found["gates"], found["part"]
+        gains = [after - before for before, after in zip(gate["base"], gate["expert"], strict=True)]
+        failed = [verdict for verdict, passed in gate["verdicts"].items() if not passed]
+        rows.append(
+            [name, KINDS[part["experts"]].partition(",")[0], *map(percent, (min(gains), mean(gains))),
+             f"{gate['scale']:.2f}", *(percent(gate[key]) for key in ("recovered", "kept", "probe")),
+             "all pass" if not failed else f"**fails**: {'; '.join(failed)}"]
+        )  # fmt: skip
+    head = [
+        "part", "experts", "least gain of an expert, points", "mean gain", "best scale of the summed deltas",
+        "gap it recovers, %", "rank 32, oracle routing keeps, %", "task named by a linear probe, %", "gates",
+    ]  # fmt: skip
+    return table(head, rows)
+
+
+def rows_of(found: Result) -> list[list[str]]:
+    """A line for each way: over sets of experts the mean and the standard deviation, of one the 95% interval."""
+    several = found["part"]["seeds"] > 1
+
+    def value(each: Result, measure: str) -> str:
+        number = each[measure]
+        if not number:
+            return str(each["note"])
+        return f"{percent(number['mean'])} ± {percent(number['spread'])}" if several else interval(number)
+
+    ways = found["summary"] if several else found["comparisons"][0]["results"]
+    return [
+        [each["method"], each["setting"], each["others"] or "", each["task"],
+         value(each, "normalised"), value(each, "recovered_gap"), f"{each['ratio']:.2f}x"]
+        for each in ways
+    ]  # fmt: skip
+
+
+def ladder(found: Result) -> str:
+    """Every task of the first set of experts, from base to mixture, and how often the routing is right."""
+    first = found["comparisons"][0]
+    rungs = {"base": first["results"][0]["skill"], **first["ladder"]}
+    rows = []
+    for i, (task, metric) in enumerate(zip(first["tasks"], first["metrics"], strict=True)):
+        values = [answered(each[i], metric) for each in rungs.values()]
+        name = task if metric == "accuracy" else f"{task} ({metric.replace('_', ' ')})"
+        rows.append([name, f"{first['rows'][i]:,}", *values, *(percent(s[i]) for s in first["routing"].values())])
+    if set(first["metrics"]) == {"accuracy"}:
+        means = [percent(mean(each)) for each in (*rungs.values(), *first["routing"].values())]
+        rows.append(["**mean**", "", *means])
+    head = [
+        "task",
+        "test rows",
+        *rungs,
+        *(f"{name}: token-layers to the task's expert, %" for name in first["routing"]),
+    ]
+    return table(head, rows)
+
+
+def part(name: str, found: Result) -> str:
+    given = found["part"]
+    seeds = f"{given['seeds']} sets of experts, mean ± standard deviation over sets" if given["seeds"] > 1 else (
+        "one set of experts, 95% paired bootstrap intervals"
+    )  # fmt: skip
+    overlap = found["comparisons"][0]["overlap"]
+    text = (
+        f"`{given['suite']}`, {KINDS[given['experts']]}; {seeds}; at most {given['rows']:,} test rows a task, "
+        f"{given['validation_rows']} validation rows. Command: `python benchmarks/suites.py --only {name}`. Measured "
+        f"with {shown(found['versions'])}."
+    )
+    head = ["method", "setting", "others", "task", "normalised, %", "recovered gap, %", "size"]
+    about = "Every task, the first set of experts" + (
+        f" (the experts' gate subspaces overlap by {overlap[0]:.3f}; by chance {overlap[1]:.3f}):" if overlap else ":"
+    )
+    return "\n\n".join((text, table(head, rows_of(found)), about, ladder(found)))
+
+
+def picture(result: Result, path: Path) -> None:
+    """Normalised skill of every method that is not told the task, a panel for each part."""
+    figure, panels = plt.subplots(
+        -(-len(result) // 2),
+        2,
+        figsize=(10, 1.9 * -(-len(result) // 2)),
+        layout="constrained",
+        sharex=True,
+        squeeze=False,
+    )
+    for axes in panels.flat[len(result) :]:
+        axes.set_visible(False)
+    for axes, (name, found) in zip(panels.flat, result.items(), strict=False):
+        several, best = found["part"]["seeds"] > 1, {}
+        for each in found["summary"]:
+            plain = each["task"] == "not known" and each["others"] in (None, "base") and each["setting"] != "default"
+            if plain and each["method"] != "best single expert":
+                best[each["method"]] = each["normalised"]
+        for at, (method, value) in enumerate(sorted(best.items(), key=lambda item: item[1]["mean"])):
+            spread = 100 * value["spread"] if several else 0
+            colour = "#1b6ca8" if method == "smile" else "grey"
+            axes.errorbar(100 * value["mean"], at, xerr=spread, fmt="o", color=colour, ms=5, capsize=3)
+        axes.set_yticks(range(len(best)), sorted(best, key=lambda method: best[method]["mean"]), fontsize=7)
+        axes.set_title(f"{name}, {len(found['comparisons'][0]['tasks'])} tasks", fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+        axes.axvline(100, color="grey", lw=0.8)
+    figure.supxlabel("normalised skill, % of the experts'", fontsize=9)
+    _save(figure, path)
+
+
+def render(results: Path, page: Path) -> None:
+    """Fill the page from the results, and write its picture (in a folder beside it)."""
+    found = json.loads((results / "suites.json").read_text())
+    result = {name: found[name] for name in PARTS if name in found}
+    folder = page.with_suffix("")
+    folder.mkdir(exist_ok=True)
+    picture(result, folder / "methods.svg")
+    text = filled(page.read_text(), "gates", gates(result))
+    for name, each in result.items():
+        text = filled(text, name, part(name, each))
+    page.write_text(text)
+
+
+if __name__ == "__main__":
+    render(ROOT / "benchmarks" / "results", ROOT / "docs" / "suites.md")
