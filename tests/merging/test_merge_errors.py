@@ -129,7 +129,7 @@ def test_options_stand_alone(place: Place):
         ({"method": "ties", "parameters": {"density": 2.0}}, ("density is 2.0", "<= 1")),
         ({"method": "ties", "parameters": {"density": [{"filter": "*", "value": 0}]}}, ("density is 0",)),
         ({"parameters": {"scale": [{"glob": "*", "value": 0.3}]}}, ("write {filter: GLOB, value: VALUE}",)),
-        ({"others": "smooth"}, ("unknown method 'smooth'",)),
+        ({"others": "smooth"}, ("others: unknown method 'smooth'",)),
         ({"others": "ties"}, ("'ties' cannot be what other tensors follow",)),
         ({"head": "c"}, (".yaml: head is 'c'", "no expert")),
         ({"norm_budget": 0.0}, ("norm_budget",)),
@@ -295,6 +295,12 @@ def test_a_tensor_that_has_no_place(place: Place):
 def test_more_rows_than_the_base(place: Place):
     place.change("b", "lm_head.weight", lambda t: torch.cat([t, t[:2]]))
     place.refuses(place.recipe(), "lm_head.weight", "vocabulary: base")
+
+
+def test_another_vocabulary_without_base_or_tokenizer(place: Place):
+    place.change("b", "lm_head.weight", lambda t: torch.cat([t, t[:2]]))
+    given = place.recipe(method="average", base=None, vocabulary="base")
+    place.refuses(given, "lm_head.weight", "another vocabulary's rows", "tokenizer.json, or a base")
 
 
 def test_without_a_base_all_must_hold_all(place: Place):

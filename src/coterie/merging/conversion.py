@@ -180,8 +180,13 @@ def converted(
             sources = [_of_expert(expert, own, inputs) for expert in inputs.experts]
         if recipe.base is None and None in sources:
             lacking = inputs.experts[sources.index(None)]
+            other = step in lacking.left_out
             raise CoterieError(
-                f"it lacks tensor {step!r}", f"expert {lacking.name!r} ({lacking.location})", "give a base"
+                f"tensor {step!r} has another vocabulary's rows, and no tokenizer says which token is which"
+                if other
+                else f"it lacks tensor {step!r}",
+                f"expert {lacking.name!r} ({lacking.location})",
+                "give every expert its tokenizer.json, or a base, whose rows are kept" if other else "give a base",
             )
     with _REVERTING:
         reverted = skeleton.on_disk(own)

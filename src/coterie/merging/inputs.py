@@ -307,7 +307,7 @@ def open_merge(recipe: MergeRecipe, token: str | None = None, device: str = "cpu
 def _others(recipe: MergeRecipe, method: MergeMethod) -> dict[str, MergeMethod]:
     """The merges that other tensors than the method's follow."""
     policies = recipe.others.values() if isinstance(recipe.others, dict) else [recipe.others or "average"]
-    found = {policy: get(policy) for policy in policies if policy not in (KEEP, method.name)}
+    found = {policy: get(policy, "others") for policy in policies if policy not in (KEEP, method.name)}
     if method.acts_on == "matrix":
         found.setdefault("average", get("average"))
     for name, other in found.items():

@@ -168,8 +168,12 @@ def known() -> list[MergeMethod]:
     return [_MERGES[name] for name in sorted(_MERGES)]
 
 
-def get(name: str) -> MergeMethod:
+def get(name: str, where: str = "recipe") -> MergeMethod:
     """The merge of that name.
+
+    Args:
+        name: of the method.
+        where: the place that names it, for the error.
 
     Raises:
         CoterieError: there is none; names the nearest.
@@ -181,6 +185,6 @@ def get(name: str) -> MergeMethod:
 
         names = [merge.name for merge in known()]
         if name in {mixture.name for mixture in mixtures()}:
-            raise CoterieError(f"{name!r} makes a mixture, not a merge", "recipe", "run `coterie build`")
-        raise CoterieError(f"unknown method {name!r}", "recipe", nearest(name, names))
+            raise CoterieError(f"{name!r} makes a mixture, not a merge", where, "run `coterie build`")
+        raise CoterieError(f"unknown method {name!r}", where, nearest(name, names))
     return _MERGES[name]
