@@ -55,7 +55,7 @@ class Part:
 
 PARTS = {
     "text8-full": Part("text8", "full", (*HEADLINE, *SPECTRAL), seeds=3),
-    "text8-lora": Part("text8", "lora", (*HEADLINE, *OF_ADAPTERS), seeds=3),
+    "text8-lora": Part("text8", "lora", (*HEADLINE, *OF_ADAPTERS)),
     "vision8-full": Part("vision8", "full"),
     "vision8-lora": Part("vision8", "lora"),
     "lm4-full": Part("lm4", "full", rows=300, validation_rows=50),

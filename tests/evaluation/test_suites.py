@@ -3,6 +3,7 @@ each runs from base to expert."""
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
@@ -19,10 +20,11 @@ pytest.importorskip("phonenumbers", reason="pip install coterie[suites]")
 
 import coterie
 from coterie.errors import CoterieError
+from coterie.evaluation import checkpoint
 from coterie.evaluation.suite import Row, Split, Task, TaskSource, package_dir
-from coterie.evaluation.suites import find, lm4, pretrain, text8, text20, vision8
+from coterie.evaluation.suites import find, lm4, text8, text20, vision8
 from coterie.evaluation.suites.pretrain import pretrained
-from coterie.evaluation.train import Job, train
+from coterie.evaluation.train import Job, train, train_all
 
 QUICK = ("openings", "airports", "dates", "quantities")
 """Tasks that are made whole here: small ones, whose rows must suffice."""
@@ -219,7 +221,7 @@ def test_pretraining_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     shape = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8,
              "image_size": 28, "patch_size": 14}  # fmt: skip
     settings = {"steps": 6, "learning_rate": 1e-2}
-    monkeypatch.setattr(pretrain, "CHECKPOINT_EVERY", 2)
+    monkeypatch.setattr(checkpoint, "EVERY", 2)
 
     def run(cache: Path, stop: int = 99) -> Path:
         def loss(model: torch.nn.Module, step: int) -> torch.Tensor:
@@ -246,6 +248,55 @@ def test_pretraining_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     steps.clear()
     assert run(tmp_path / "b") == resumed
     assert not steps
+    # What is damaged is made again, and a damaged checkpoint is no start.
+    file = resumed / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + b"x")
+    resumed.with_name(f".{resumed.name}.safetensors").write_bytes(b"no checkpoint")
+    with pytest.warns(UserWarning) as said:
+        run(tmp_path / "b")
+    assert [word in str(each.message) for each, word in zip(said, ("damaged", "cannot be read"), strict=True)]
+    assert file.read_bytes() == whole and steps == [0, 1, 2, 3, 4, 5]
+
+
+def test_training_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, llama: Path) -> None:
+    monkeypatch.setattr(checkpoint, "EVERY", 8)
+    suite = find("lm4")
+    task = lm4.domain("sums", 32, 4, 4)
+    recipe = replace(suite.recipes["full"], steps=41, batch=4)
+    job = Job(task, recipe, llama, "tiny", suite.reader, suite.reader(llama, "cpu").settings)
+
+    def stop(step: int, loss: float) -> None:
+        if step == 40:
+            raise KeyboardInterrupt
+
+    straight = train(job, tmp_path / "a")
+    with pytest.raises(KeyboardInterrupt):
+        train(job, tmp_path / "b", report=stop)
+    assert not job.finished(tmp_path / "b")
+    seen: list[int] = []
+    resumed = train(job, tmp_path / "b", report=lambda step, loss: seen.append(step))
+    assert seen == [40]
+    for file in ("model.safetensors", "training.json"):
+        assert (straight / file).read_bytes() == (resumed / file).read_bytes()
+    assert [path.name for path in resumed.parent.iterdir()] == [resumed.name]
+
+
+@pytest.mark.slow
+def test_a_training_that_is_interrupted_stops_its_workers(tmp_path: Path, llama: Path) -> None:
+    suite = find("lm4")
+    settings = suite.reader(llama, "cpu").settings
+    recipe = replace(suite.recipes["full"], steps=4000, batch=4)
+    tasks = [lm4.domain(name, 32, 4, 4) for name in ("sums", "spelling")]
+    trainings = [Job(task, recipe, llama, "tiny", suite.reader, settings) for task in tasks]
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_all(trainings, tmp_path, workers=2, report=interrupt)
+    assert not multiprocessing.active_children()
+    assert not any(job.finished(tmp_path) for job in trainings)
 
 
 @pytest.mark.parametrize(("name", "kind"), [("vision8", "full"), ("vision8", "lora"), ("lm4", "full"), ("lm4", "lora")])

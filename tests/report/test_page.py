@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -103,12 +104,19 @@ def test_texts(tmp_path: Path):
     long.write_text("\n".join(str(i) for i in range(1000)) + "\n\n")
     found = read_texts([str(long), f"a={long}", f"a={long}", "b=some text", "x = y", "more"], ["a", "b"])
     assert [(each.task, each.expert) for each in found] == [
-        ("long", None), ("a", "a"), ("a (2)", "a"), ("b", "b"), ("texts", None),
+        ("long", None), ("a", "a"), ("a", "a"), ("b", "b"), ("texts", None),
     ]  # fmt: skip
     assert len(found[0].lines) == ROWS
     assert found[0].lines[-1] > "990"  # spread over the file
     assert found[3].lines == ["some text"]
     assert found[4].lines == ["x = y", "more"]
+
+
+def test_a_name_that_comes_again_is_another_task(mixture: Path, tmp_path: Path):
+    batch = {"input_ids": torch.tensor([[1, 5, 6, 2]]), "attention_mask": torch.ones(1, 4, dtype=torch.long)}
+    look_inside(str(mixture), tmp_path / "page.html", ["tuned=w3 w4"], [("tuned", "tuned", [batch])] * 2)
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert all(f">{name}<" in page for name in ("tuned", "tuned (2)", "tuned (3)"))
 
 
 @pytest.mark.parametrize(

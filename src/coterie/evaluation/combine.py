@@ -29,7 +29,7 @@ from ..sources.statistics import write as write_vectors
 from .extract import expert_state
 from .ladder import State, load
 from .reader import TEXTS, Reader
-from .suite import Task, digest, weights_sha256
+from .suite import Task, digest, fingerprint
 
 SCALES = (0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
 GRIDS: dict[str, list[dict[str, Any]]] = {
@@ -96,8 +96,8 @@ class Experts:
 
     @cached_property
     def keys(self) -> dict[str, str]:
-        """sha256 of every expert's weights."""
-        return {name: weights_sha256(path) for name, path in self.directories.items()}
+        """What every expert is, by name."""
+        return {name: fingerprint(path) for name, path in self.directories.items()}
 
     @cached_property
     def base(self) -> dict[str, Tensor]:
@@ -124,7 +124,7 @@ class Experts:
         Raises:
             CoterieError: the task has no training rows; gates or activations of an expert that is no adapter.
         """
-        data = [self.tasks[name].key, weights_sha256(self.reader.base), self.reader.settings, meaning(Path(__file__))]
+        data = [self.tasks[name].key, fingerprint(self.reader.base), self.reader.settings, meaning(Path(__file__))]
         data.append(meaning(Path(inspect.getfile(type(self.reader)))))
         if kind in ("task", "examples"):
             data.append(account(minilm(), []))

@@ -22,7 +22,7 @@ from .combine import Experts, Way, combined, is_mixture, meaning, ways
 from .ladder import delta, linear_deltas, linear_layers
 from .metrics import Interval, Scores, bootstrap, normalised, skills
 from .reader import Reader, told
-from .suite import Split, Task, digest, weights_sha256
+from .suite import Split, Task, digest, fingerprint
 
 ORACLE = "expert of the task"
 
@@ -119,7 +119,12 @@ class Comparer:
     def base_key(self) -> list[Any]:
         """What every score depends on."""
         code = meaning(Path(__import__(type(self.reader).__module__, fromlist=["_"]).__file__ or ""))
-        return [weights_sha256(self.reader.base), self.reader.settings, digest(code)]
+        return [fingerprint(self.reader.base), self.reader.settings, digest(code)]
+
+    @cached_property
+    def heads(self) -> dict[str, str]:
+        """Whose head answers a task, where the reader takes the experts': a score depends on it, whatever the body."""
+        return {task: fingerprint(path) for task, path in getattr(self.reader, "experts", {}).items()}
 
     @property
     def metrics(self) -> list[str]:
@@ -334,7 +339,7 @@ class Comparer:
                     stack.enter_context(model.coterie.route(task.name))
                 return self.reader.scores(model, task, rows).tolist()
 
-        whole = ("scores", key, *self.base_key, task.labels, task.metric, rows.key)
+        whole = ("scores", key, *self.base_key, self.heads.get(task.name), task.labels, task.metric, rows.key)
         return np.array(self.cells.get(whole, compute))
 
     def _rows(self, task: Task, split: str) -> Split:

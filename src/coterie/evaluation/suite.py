@@ -219,6 +219,20 @@ def digest(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
+DESCRIBED = ("config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+             "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model")  # fmt: skip
+"""Files that say how weights are read."""
+
+
+def fingerprint(directory: Path) -> str:
+    """sha256 (hex) of what a model's or adapter's directory answers by: weights, configuration, tokenizer."""
+    total = hashlib.sha256(weights_sha256(directory).encode())
+    for name in DESCRIBED:
+        if (directory / name).is_file():
+            total.update(name.encode() + (directory / name).read_bytes())
+    return total.hexdigest()
+
+
 def weights_sha256(directory: Path) -> str:
     """sha256 (hex) of the weights in a model's or adapter's directory: its safetensors files, one after the other."""
     total = hashlib.sha256()

@@ -1,8 +1,8 @@
 """Train a suite's experts: full fine-tunes and LoRA adapters of the base, on the CPU or a GPU.
 
-Every expert is a directory in the cache, named by the content of all that
-made it (data, hyperparameters, base) and written in one step when it is finished, so that a stopped run goes on where
-it was.
+Every expert is a directory in the cache, named by the content of all that made it (data, hyperparameters, base) and
+written in one step when it is finished; beside it lies a checkpoint until then, so that a stopped run goes on where it
+was.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from multiprocessing import get_context
+from itertools import islice
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from queue import Empty
 from typing import Any
@@ -28,6 +30,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch import nn
 from transformers.utils import logging
 
+from . import checkpoint
 from .ladder import linear_layers
 from .reader import Reader
 from .suite import Recipe, Split, Suite, Task, digest, weights_sha256
@@ -115,18 +118,28 @@ def train_all(
             train(jobs[i], cache, device, partial(say, i))
     else:
         context = get_context("spawn")
-        with context.Manager() as manager, ProcessPoolExecutor(workers, mp_context=context) as pool:
-            queue = manager.Queue()
-            pending = {pool.submit(_train_in_worker, i, jobs[i], cache, device, queue) for i in unique}
-            while pending:
-                done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
-                for _ in range(queue.qsize()):
-                    try:
-                        say(*queue.get_nowait())
-                    except Empty:  # qsize is approximate
-                        break
-                for future in done:
-                    future.result()
+        with context.Manager() as manager:
+            others = active_children()
+            with ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+                queue = manager.Queue()
+                pending = {pool.submit(_train_in_worker, i, jobs[i], cache, device, queue) for i in unique}
+                try:
+                    while pending:
+                        done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+                        for _ in range(queue.qsize()):
+                            try:
+                                say(*queue.get_nowait())
+                            except Empty:  # qsize is approximate
+                                break
+                        for future in done:
+                            future.result()
+                except BaseException:  # else the pool would wait until all is trained
+                    for future in pending:
+                        future.cancel()
+                    for worker in active_children():
+                        if worker not in others:
+                            worker.terminate()
+                    raise
     return [job.directory(cache) for job in jobs]
 
 
@@ -161,7 +174,14 @@ def _train_in_worker(index: int, job: Job, cache: Path, device: str, queue: Any)
     torch.set_num_threads(1)
     # Second moments underflow once the loss is near zero, and slow the CPU down. The setting is the process's.
     torch.set_flush_denormal(True)
-    train(job, cache, device, lambda step, loss: queue.put((index, step, loss)))
+    parent = parent_process()
+
+    def report(step: int, loss: float) -> None:
+        if parent is not None and not parent.is_alive():
+            os._exit(1)  # it was killed, and nobody waits for this expert
+        queue.put((index, step, loss))
+
+    train(job, cache, device, report)
 
 
 def train(job: Job, cache: Path, device: str = "cpu", report: Callable[[int, float], None] | None = None) -> Path:
@@ -176,28 +196,41 @@ def train(job: Job, cache: Path, device: str = "cpu", report: Callable[[int, flo
     torch.manual_seed(job.recipe.seed)
     reader = job.reader(job.base, device)
     model = _trainable(reader, job.recipe)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=job.recipe.learning_rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warm_cosine(job.recipe.steps))
-    curve, losses = [], []
-    for step, rows in enumerate(_batches(reader, job.task.train, job.recipe), start=1):
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(parameters.values(), lr=job.recipe.learning_rate, weight_decay=0.01)
+    file = job.directory(cache).with_name(f".{job.directory(cache).name}.safetensors")
+    state: tuple[int, list[dict[str, float]], list[float]] = checkpoint.resume(file, parameters, optimizer) or (
+        0,
+        [],
+        [],
+    )
+    done, curve, losses = state
+    factor = _warm_cosine(job.recipe.steps)
+    batches = islice(_batches(reader, job.task.train, job.recipe), done, None)
+    for step, rows in enumerate(batches, start=done + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = job.recipe.learning_rate * factor(step - 1)
         loss = reader.loss(model, job.task, rows)
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
+        nn.utils.clip_grad_norm_(parameters.values(), 1.0)
         optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
+        losses = [*losses[-49:], loss.item()]
         if report and step % 20 == 0:
             report(step, float(np.mean(losses[-20:])))
         if step % max(1, job.recipe.steps // 8) == 0:
             score = reader.scores(model, job.task, job.task.validation).mean()
-            curve.append({"step": step, "loss": float(np.mean(losses[-50:])), "validation": float(score)})
+            curve.append({"step": step, "loss": float(np.mean(losses)), "validation": float(score)})
+        if step % checkpoint.EVERY == 0:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            checkpoint.save(file, parameters, optimizer, (step, curve, losses))
     record = {
         "task": job.task.name, "task_sha256": job.task.key, "recipe": asdict(job.recipe), "base": job.fingerprint,
-        "dropout": 0.0, **job.settings, "trainable": sum(p.numel() for p in parameters), "curve": curve,
+        "dropout": 0.0, **job.settings, "trainable": sum(p.numel() for p in parameters.values()), "curve": curve,
     }  # fmt: skip
-    return _write(model, record, job.directory(cache))
+    directory = _write(model, record, job.directory(cache))
+    file.unlink(missing_ok=True)
+    return directory
 
 
 def _trainable(reader: Reader, recipe: Recipe) -> Any:

@@ -12,7 +12,7 @@ from .inspect import inspect
 from .page import require_free, write_page
 from .routing import Batch, record
 from .subspaces import examine
-from .texts import batches, read_texts
+from .texts import batches, numbered, read_texts
 
 
 def look_inside(
@@ -53,6 +53,8 @@ def look_inside(
     layers = examine(model, tell)
     routed = None
     wanted = [*tasks, *((each.task, each.expert, batches(model, tokenizer, each.lines)) for each in given)]
+    names = numbered([name for name, _, _ in wanted])
+    wanted = [(name, expert, rows) for name, (_, expert, rows) in zip(names, wanted, strict=True)]
     if wanted:
         try:
             routed = record(model, wanted, tell=tell)

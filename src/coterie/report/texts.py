@@ -60,12 +60,12 @@ def read_texts(given: Sequence[str], experts: Sequence[str]) -> list[Texts]:
     empty = [texts.task for texts in found if not texts.lines]
     if empty:
         raise CoterieError(f"{empty[0]!r} holds no text", "--text", "give a file with a text on each line, or a text")
-    counts: dict[str, int] = {}
-    for texts in found:  # two files of one expert are two tasks
-        counts[texts.task] = counts.get(texts.task, 0) + 1
-        if counts[texts.task] > 1:
-            texts.task = f"{texts.task} ({counts[texts.task]})"
     return found
+
+
+def numbered(names: Sequence[str]) -> list[str]:
+    """The names, numbered where one comes again: two files of one expert are two tasks, as are a suite's and a file."""
+    return [name if (n := names[:i].count(name)) == 0 else f"{name} ({n + 1})" for i, name in enumerate(names)]
 
 
 def batches(model: Any, tokenizer: Any, lines: Sequence[str]) -> Iterator[dict[str, Any]]:

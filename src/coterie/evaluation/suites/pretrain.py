@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,12 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..suite import digest
+from .. import checkpoint
+from ..suite import digest, fingerprint
 
-CHECKPOINT_EVERY = 100
+RECORD = "pretraining.json"
 
 
 def pretrained(
@@ -46,15 +47,17 @@ def pretrained(
     """
     directory = cache / "bases" / f"{name}-{digest(settings)[:16]}"
     if directory.exists():
-        return directory
+        if _whole(directory):
+            return directory
+        warnings.warn(f"{directory} is damaged: {name} is pretrained anew", stacklevel=2)
     directory.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint = directory.with_name(f".{directory.name}.safetensors")
+    file = directory.with_name(f".{directory.name}.safetensors")
     torch.manual_seed(0)
     model = build().train().to(device)
     parameters = dict(model.named_parameters())
     optimizer = torch.optim.AdamW(parameters.values(), lr=settings["learning_rate"], weight_decay=0.01)
     steps = settings["steps"]
-    done = _resume(checkpoint, parameters, optimizer) if checkpoint.exists() else 0
+    done = checkpoint.resume(file, parameters, optimizer) or 0
     with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task(f"pretraining {name}", total=steps, completed=done, visible=done < steps)
         for step in range(done, steps):
@@ -67,44 +70,30 @@ def pretrained(
             nn.utils.clip_grad_norm_(parameters.values(), 1.0)
             optimizer.step()
             progress.update(bar, advance=1)
-            if (step + 1) % CHECKPOINT_EVERY == 0:
+            if (step + 1) % checkpoint.EVERY == 0:
                 progress.update(bar, description=f"pretraining {name}, loss {value.item():.3f}")
-                _save(checkpoint, parameters, optimizer, step + 1)
+                checkpoint.save(file, parameters, optimizer, step + 1)
     unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=directory.parent))
     try:
         model.eval().save_pretrained(unfinished)
         extras(unfinished)
+        (unfinished / RECORD).write_text(json.dumps({"sha256": fingerprint(unfinished)}) + "\n")
+        shutil.rmtree(directory, ignore_errors=True)
         os.replace(unfinished, directory)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    checkpoint.unlink(missing_ok=True)
+    file.unlink(missing_ok=True)
     return directory
+
+
+def _whole(directory: Path) -> bool:
+    """Whether a pretrained model is as it was written."""
+    try:
+        return bool(json.loads((directory / RECORD).read_text())["sha256"] == fingerprint(directory))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _warm_cosine(step: int, steps: int) -> float:
     warmup = max(1, round(0.06 * steps))
     return min((step + 1) / warmup, 0.5 * (1 + np.cos(np.pi * max(0, step - warmup) / max(1, steps - warmup))))
-
-
-def _save(path: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, step: int) -> None:
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in parameters.items():
-        state = optimizer.state[parameter]
-        tensors |= {f"{name}|{key}": tensor for key, tensor in state.items()} | {name: parameter.detach()}
-    unfinished = path.with_suffix(".unfinished")
-    save_file(tensors, unfinished, {"step": str(step)})
-    os.replace(unfinished, path)
-
-
-def _resume(path: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
-    """Put the checkpoint's weights and moments back; its number of finished steps."""
-    with safe_open(path, "pt") as file:
-        for key in file.keys():  # noqa: SIM118 (the file is no dictionary)
-            name, _, moment = key.partition("|")
-            if moment:
-                # A step count stays on the CPU, as the optimizer keeps it.
-                device = "cpu" if moment == "step" else parameters[name].device
-                optimizer.state[parameters[name]][moment] = file.get_tensor(key).to(device)
-            else:
-                parameters[name].data.copy_(file.get_tensor(key))
-        return int(file.metadata()["step"])
