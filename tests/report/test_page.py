@@ -197,6 +197,25 @@ def test_no_tokenizer_and_no_text_model(tmp_path: Path):
     assert not {"overlap", "margin", "committee", "accuracy"} & keys
 
 
+def test_hundreds_of_layers_stay_readable(tmp_path: Path):
+    """A model of 280 mixture layers: each axis of layers names their seven kinds, and the page stays small."""
+    base = base_model("llama", num_hidden_layers=40)
+    experts = {f"e{seed}": str(save(fine_tune(base, seed), tmp_path / f"e{seed}")) for seed in (1, 2)}
+    coterie.build(
+        method="smile", base=str(save(base, tmp_path / "base")), experts=experts, out=tmp_path / "mixture",
+        parameters={"rank": 4, "gate_rank": 2},
+    )  # fmt: skip
+    look_inside(str(tmp_path / "mixture"), tmp_path / "page.html", tasks=[("task", "e1", [inputs("llama", batch=2)])])
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert len(_data(page)["paths"]) == 280 and len(_data(page)["kinds"]) == 7
+    for figure in _figures(page):
+        for name, axis in figure["layout"].items():
+            if "axis" in name and "tickvals" in axis:
+                assert len(axis["tickvals"]) <= 7, (figure["key"], name)
+    own = len(json.dumps(_data(page)))
+    assert own < 2_000_000
+
+
 @pytest.fixture(scope="module")
 def browser():
     pytest.importorskip("websocket")
