@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ import coterie
 from coterie.cli import app
 from coterie.errors import CoterieError
 from coterie.evaluation.compare import compare
-from coterie.evaluation.evaluate import evaluate
+from coterie.evaluation.evaluate import evaluate, sheet
 from coterie.evaluation.own import read
+from coterie.evaluation.suite import Split, Task
 
 NAMES = {"first": ["bad", "good", "so-so"], "second": ["art", "sport"]}
 
@@ -96,6 +98,62 @@ def test_a_head_that_nobody_holds_is_not_made_up(world: dict[str, Any], tmp_path
         evaluate(tmp_path / "second.yaml", [str(encoder)], cache=tmp_path)
 
 
+def test_the_base_answers_through_the_heads_of_the_experts(world: dict[str, Any], tmp_path: Path) -> None:
+    found = evaluate(world["yaml"], cache=tmp_path)
+    body = tf.AutoModel.from_pretrained(world["paths"]["base"]).state_dict()
+    for task in NAMES:
+        model = tf.AutoModelForSequenceClassification.from_pretrained(world["paths"][task])
+        model.base_model.load_state_dict(body, strict=False)
+        tokenizer(save(model, tmp_path / task))
+        inputs = texts(task, 40, 2)
+        wanted = answers(world["paths"][task], inputs)
+        wanted[::5] = (wanted[::5] + 1) % len(NAMES[task])
+        assert found["models"][0]["values"][task] == np.mean(answers(tmp_path / task, inputs) == wanted)
+    lines = sheet(found).caption.splitlines()  # of each model, what it says of each task that it has no value on
+    assert [line.partition(" has the classes")[0] for line in lines[1:]] == [
+        "first: task 'second'", "second: task 'first'",
+    ]  # fmt: skip
+
+
+def test_classes_are_matched_by_name() -> None:
+    from coterie.evaluation.classifier import _columns
+
+    def columns(names: list[str], *labels: str) -> list[int]:
+        nothing = Split((), ())
+        return _columns(tf.BertConfig(id2label=dict(enumerate(names))), Task("t", labels, nothing, nothing, nothing))
+
+    assert columns(["POSITIVE", "NEGATIVE"], "negative", "positive") == [1, 0]
+    assert columns(["A", "b", "a"], "a", "b") == [2, 1]
+    assert columns(["LABEL_0", "LABEL_1"], "negative", "positive") == [0, 1]
+    for names in (["POS", "NEG"], ["LABEL_0", "LABEL_1", "LABEL_2"], ["Positive", "POSITIVE", "negative"]):
+        with pytest.raises(CoterieError, match=f"the model's head {', '.join(names)}; give labels"):
+            columns(names, "negative", "positive")
+
+
+def test_another_task_with_as_many_classes(world: dict[str, Any], tmp_path: Path) -> None:
+    task = {**world["suite"]["tasks"]["second"], "labels": {0: "no", 1: "yes"}}
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump({"base": str(world["paths"]["base"]), "tasks": {"t": task}}))
+    with pytest.raises(CoterieError, match="the classes no, yes, and the model's head art, sport"):
+        evaluate(tmp_path / "s.yaml", [str(world["paths"]["second"])], cache=tmp_path)
+
+
+def test_answers_that_are_no_numbers(world: dict[str, Any], tmp_path: Path) -> None:
+    broken = tf.AutoModelForSequenceClassification.from_pretrained(world["paths"]["second"])
+    torch.nn.init.constant_(broken.classifier.weight, float("nan"))
+    save(broken, tmp_path / "broken")
+    task = {**world["suite"]["tasks"]["second"], "metric": "f1"}
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump({"base": str(world["paths"]["base"]), "tasks": {"t": task}}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        found = evaluate(tmp_path / "s.yaml", [str(tmp_path / "broken"), str(world["paths"]["second"])], cache=tmp_path)
+    bad, good = found["models"]
+    assert bad["values"] == {"t": None}
+    assert bad["notes"] == {"t": "40 of 40 answers on t are no numbers"}
+    assert good["values"]["t"] is not None
+    with pytest.raises(CoterieError, match="broken: 40 of 40 answers on t are no numbers"):
+        evaluate(tmp_path / "s.yaml", [str(tmp_path / "broken")], cache=tmp_path)
+
+
 def test_an_adapter_brings_its_own_head(world: dict[str, Any], tmp_path: Path) -> None:
     adapter = make_adapter(world["paths"]["base"], tmp_path / "adapter", 3, arch="bert", task_type="SEQ_CLS")
     merged = tmp_path / "merged"
@@ -122,7 +180,12 @@ def test_f1_is_scikit_learns(world: dict[str, Any], tmp_path: Path) -> None:
     logits, targets = rng.normal(size=(200, 5)), rng.integers(0, 4, 200)
     logits[:, 3] = -9  # a class that is never answered, and one that never occurs
     expected = metrics.f1_score(targets, logits.argmax(1), average="macro")
-    assert skills([class_scores(logits, targets, "f1")], ["f1"])[0] == pytest.approx(expected)
+    scores = class_scores(logits, targets, "f1")
+    assert skills([scores], ["f1"])[0] == pytest.approx(expected)
+    scores[0] = np.nan
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        assert np.isnan(skills([scores], ["f1"])[0])
 
 
 def test_compare_with_heads(world: dict[str, Any], tmp_path: Path) -> None:
@@ -164,7 +227,14 @@ def test_compare_with_heads(world: dict[str, Any], tmp_path: Path) -> None:
         ({"tasks": {"first": {"test": "nowhere.csv"}}}, "nowhere.csv: no such file"),
         ({"tasks": {"first": {"test": "table.xlsx"}}}, "is no CSV, JSONL or Parquet file"),
         ({"tasks": {"first": {"labels": {0: "bad", 1: "good"}}}}, "'2' in column 'kind' is no label"),
-        ({"tasks": {"first": {"labels": {0: "all"}}}}, "is no label"),
+        ({"tasks": {"first": {"labels": {0: "all"}}}}, "'first': its labels name fewer than two classes"),
+        ({"tasks": {"first": {"labels": ["all"]}}}, "'first': its labels name fewer than two classes"),
+        (
+            {"tasks": {"first": {"labels": {0: "a", 1: False}}}},
+            r'first.labels: .*False is no text.*quote the names: "no"',
+        ),
+        ({"tasks": {"first": {"labels": ["a", True]}}}, "first.labels: the class True is no text"),
+        ({"max_tokens": 1}, "max_tokens"),
         ({"experts": {"frist": "x"}}, "experts name 'frist'.*did you mean 'first'"),
         ({"reader": "clasifier"}, "reader"),
     ],
@@ -207,6 +277,106 @@ def test_labels_by_default_are_what_the_column_holds(world: dict[str, Any], tmp_
     assert made.labels == ("art", "sport")
     assert made.test.inputs == ("a\nb", "c\nd")
     assert made.test.targets.tolist() == [1, 0]
+
+
+def test_class_numbers_are_in_their_order(world: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("text,kind\na,10\nb,2\nc,9\n")
+    task = {"input": "text", "target": "kind", "test": str(tmp_path / "t.csv")}
+    named = {**task, "labels": {10: "good", 9: "bad", 2: "bad"}}
+    (tmp_path / "s.yaml").write_text(f"base: b\ntasks: {json.dumps({'plain': task, 'named': named})}\n")
+    plain, merged = read(tmp_path / "s.yaml").tasks()
+    assert (plain.labels, plain.test.targets.tolist()) == (("2", "9", "10"), [2, 0, 1])
+    assert (merged.labels, merged.test.targets.tolist()) == (("bad", "good"), [1, 0, 0])
+
+
+def test_a_task_without_an_expert(world: dict[str, Any], tmp_path: Path) -> None:
+    experts = {"first": world["suite"]["experts"]["first"]}
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump({**world["suite"], "experts": experts}))
+    with pytest.raises(CoterieError, match="task 'second' has no expert; add one under experts"):
+        compare(tmp_path / "s.yaml", "average", tmp_path / "out", cache=tmp_path)
+    base, first = evaluate(tmp_path / "s.yaml", cache=tmp_path)["models"]
+    assert first["values"]["first"] == 0.8
+    assert "task 'second' has no expert" in base["notes"]["second"]
+
+
+def language_model(path: Path, *lacking: str) -> Path:
+    """A Llama, and a tokenizer that lacks some tokens; unasked, it puts a first and a last one around a text."""
+    save(base_model("llama"), path)
+    tokenizer(path)
+    file = path / "tokenizer_config.json"
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k not in lacking}))
+    return path
+
+
+@pytest.mark.parametrize(("lacking", "start"), [([], 2), (["bos_token", "pad_token"], 3)])
+def test_perplexity_of_answers(lacking: list[str], start: int, tmp_path: Path) -> None:
+    """Row by row, token by token; a long prompt loses its beginning."""
+    base = language_model(tmp_path / "base", *lacking)
+    rows = [("a b", " w1 w2"), ("c d e f g h i j", "w3 w4"), ("k", "w5")]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"q": q, "a": a}) + "\n" for q, a in rows))
+    task = {"test": str(tmp_path / "t.jsonl"), "metric": "perplexity"}
+    tasks = {"answers": {**task, "input": "q", "target": "a"}, "texts": {**task, "input": ["q", "a"]}}
+    suite = {"base": str(base), "reader": "causal", "max_tokens": 6, "tasks": tasks}
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(suite))
+    model = tf.AutoModelForCausalLM.from_pretrained(base).eval()
+    number = {w: i + 4 for i, w in enumerate([*"abcdefghijklmnopqrstuvwxyz", *(f"w{i}" for i in range(70))])}
+
+    def loss(prompt: list[int], answer: list[int]) -> float:
+        with torch.no_grad():
+            logits = model(torch.tensor([[*prompt, *answer]])).logits[0].double().log_softmax(-1)
+        return -float(np.mean([logits[len(prompt) + i - 1, token] for i, token in enumerate(answer)]))
+
+    wanted: dict[str, list[float]] = {"answers": [], "texts": []}
+    for q, a in rows:
+        prompt, answer = ([number[w] for w in text.split()] for text in (q, a))
+        wanted["answers"].append(loss([start, *prompt[-(4 - len(answer)) :]], [*answer, 3]))
+        wanted["texts"].append(loss([start], [*prompt, *answer, 3][:5]))
+    found = evaluate(tmp_path / "s.yaml", cache=tmp_path)["models"][0]["values"]
+    assert found == pytest.approx({name: np.exp(np.mean(each)) for name, each in wanted.items()}, rel=1e-4)
+
+
+@pytest.mark.parametrize("lacking", [[], ["bos_token", "pad_token"]])
+def test_generated_answers(lacking: list[str], tmp_path: Path) -> None:
+    """The answer to the end of a long prompt; white space around an answer counts in neither text."""
+    base = language_model(tmp_path / "base", *lacking)
+    tokens = tf.AutoTokenizer.from_pretrained(base)
+    model = tf.AutoModelForCausalLM.from_pretrained(base).eval()
+    lines = []
+    for prompt, seen in (("a b c d e f g h i j", "f g h i j"), ("k l", "k l")):
+        ids = [3 if lacking else 2, *tokens.convert_tokens_to_ids(seen.split())]
+        length = len(ids)
+        while len(ids) < length + 24 and ids[-1] != 3:
+            with torch.no_grad():
+                ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        lines.append({"q": prompt, "a": f" {tokens.decode(ids[length:], skip_special_tokens=True)}\n"})
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    task = {"test": str(tmp_path / "t.jsonl"), "input": "q", "target": "a", "metric": "exact_match"}
+    suite = {"base": str(base), "reader": "causal", "max_tokens": 6, "tasks": {"t": task}}
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(suite))
+    assert evaluate(tmp_path / "s.yaml", cache=tmp_path)["models"][0]["values"] == {"t": 1.0}
+
+
+def test_white_space_around_an_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from coterie.evaluation.causal import CausalReader
+
+    reader, nothing = CausalReader(language_model(tmp_path / "base")), Split((), ())
+    monkeypatch.setattr(CausalReader, "generated", lambda self, model, prompts: [" four\n", "four"])
+    task = Task("t", (), nothing, nothing, nothing, "exact_match")
+    assert reader.scores(reader.model, task, Split(("a", "b"), ("four", "four"))).tolist() == [1, 1]
+    # A suite whose targets have white space of their own means it.
+    assert reader.scores(reader.model, task, Split(("a", "b"), (" four\n", " four"))).tolist() == [1, 0]
+
+
+def test_a_tokenizer_without_an_end(tmp_path: Path) -> None:
+    task = {"test": "t.csv", "input": "q", "metric": "perplexity"}
+    base = language_model(tmp_path / "base", "eos_token")
+    (tmp_path / "t.csv").write_text("q\na\n")
+    suite = {"base": str(base), "reader": "causal", "tasks": {"t": {**task, "test": str(tmp_path / "t.csv")}}}
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(suite))
+    with pytest.raises(
+        CoterieError, match="base: its tokenizer has no token for the end of a text; name its eos_token"
+    ):
+        evaluate(tmp_path / "s.yaml", cache=tmp_path)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ prompt. Perplexity counts the answer's tokens and the end of the text.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ..errors import CoterieError
+from .ladder import blocks_of
 from .reader import told
 from .suite import Inputs, Split, Task
 
@@ -26,24 +28,37 @@ IGNORED = -100
 
 @dataclass
 class CausalReader:
-    """A `Reader` of texts by causal language models; the tokenizer has a first, a last and a padding token.
+    """A `Reader` of texts by causal language models.
+
+    The tokenizer's last token stands in for a first token or a padding token that it lacks.
 
     Args:
         base: directory of the base.
         device: where batches go.
-        blocks: module path of its stack of blocks.
+        max_tokens: of a prompt with its answer, at least 2. What is longer loses the beginning of its prompt, then the
+            end of its answer.
+
+    Raises:
+        CoterieError: the tokenizer has no last token.
     """
 
     base: Path
     device: str = "cpu"
-    blocks: str = "model.layers"
-    settings: dict[str, Any] = field(
-        default_factory=lambda: {"max_tokens": MAX_TOKENS, "new_tokens": NEW_TOKENS, "loss": "answer"}
-    )
+    max_tokens: int = MAX_TOKENS
 
     def __post_init__(self) -> None:
+        self.settings: dict[str, Any] = {
+            "max_tokens": self.max_tokens, "new_tokens": NEW_TOKENS, "loss": "answer",
+        }  # fmt: skip
         self.tokenizer = AutoTokenizer.from_pretrained(self.base)
+        first, self.last = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        if self.last is None:
+            raise CoterieError("its tokenizer has no token for the end of a text", str(self.base), "name its eos_token")
+        self.first = self.last if first is None else first
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token  # the attention mask hides it
         self.model = self.base_model()
+        self.blocks = blocks_of(self.model)
 
     def base_model(self) -> nn.Module:
         """A fresh copy of the base in float32, in eval mode."""
@@ -51,11 +66,16 @@ class CausalReader:
 
     def tokenize(self, texts: Inputs) -> list[list[int]]:
         """Token ids of each text, without first and last token."""
-        return [encoding.ids for encoding in self.tokenizer.backend_tokenizer.encode_batch(list(texts))]
+        encode = self.tokenizer.backend_tokenizer.encode_batch
+        return [encoding.ids for encoding in encode(list(texts), add_special_tokens=False)]
 
     def prompts(self, inputs: Inputs) -> list[list[int]]:
-        """The first token and the input's."""
-        return [[self.tokenizer.bos_token_id, *ids][:MAX_TOKENS] for ids in self.tokenize(inputs)]
+        """The first token and the input's, which may be a whole text: what is too long loses its end."""
+        return [[self.first, *ids][: self.max_tokens] for ids in self.tokenize(inputs)]
+
+    def _begun(self, ids: list[int], room: int) -> list[int]:
+        """The first token and the end of a prompt, `room` tokens at most."""
+        return [self.first, *ids[max(0, len(ids) + 1 - room) :]]
 
     def sizes(self, inputs: Inputs) -> np.ndarray:
         """(N,) int64: tokens of each input."""
@@ -75,13 +95,14 @@ class CausalReader:
     def labelled(self, rows: Split) -> tuple[list[list[int]], list[list[int]]]:
         """Token ids of prompt, answer and end of each row; and the same with the prompt's tokens IGNORED."""
         if isinstance(rows.targets, np.ndarray):
-            prompts, answers = [[self.tokenizer.bos_token_id]] * len(rows), self.tokenize(rows.inputs)
+            prompts, answers = self.tokenize(("",) * len(rows)), self.tokenize(rows.inputs)
         else:
-            prompts, answers = self.prompts(rows.inputs), self.tokenize(rows.targets)
-        ends = [[*answer, self.tokenizer.eos_token_id] for answer in answers]
-        pairs = list(zip(prompts, ends, strict=True))
-        ids = [[*prompt, *end][:MAX_TOKENS] for prompt, end in pairs]
-        return ids, [[*[IGNORED] * len(prompt), *end][:MAX_TOKENS] for prompt, end in pairs]
+            prompts, answers = self.tokenize(rows.inputs), self.tokenize(rows.targets)
+        ends = [[*answer, self.last][: self.max_tokens - 1] for answer in answers]
+        pairs = [
+            (self._begun(prompt, self.max_tokens - len(end)), end) for prompt, end in zip(prompts, ends, strict=True)
+        ]
+        return [[*start, *end] for start, end in pairs], [[*[IGNORED] * len(start), *end] for start, end in pairs]
 
     def losses(self, model: nn.Module, ids: list[list[int]], labels: list[list[int]]) -> tuple[Tensor, Tensor]:
         """(B,) summed negative log-likelihood of each row's answer, and (B,) its tokens."""
@@ -105,7 +126,7 @@ class CausalReader:
     @torch.inference_mode()
     def scores(self, model: nn.Module, task: Task, split: Split) -> np.ndarray:
         """(N,) float64: negative log-likelihood per token ("perplexity"), or whether greedy generation after the
-        prompt gives the answer, no more and no less ("exact_match")."""
+        prompt gives the answer, no more and no less but white space around it ("exact_match")."""
         scores = np.empty(len(split))
         if task.metric == "perplexity":
             ids, labels = self.labelled(split)
@@ -114,12 +135,12 @@ class CausalReader:
                     total, tokens = self.losses(model, [ids[row] for row in rows], [labels[row] for row in rows])
                 scores[rows] = (total / tokens).double().cpu().numpy()
             return scores
-        prompts = self.prompts(split.inputs)
+        prompts = [self._begun(ids, self.max_tokens) for ids in self.tokenize(split.inputs)]
         for rows in _alike(prompts, 128):
             with told(model, (split.inputs[row] for row in rows)):
                 right = self.generated(model, [prompts[row] for row in rows])
             scores[rows] = [
-                np.nan if answer is None else float(answer == split.targets[row])
+                np.nan if answer is None else float(split.targets[row] in (answer, answer.strip()))
                 for row, answer in zip(rows, right, strict=True)
             ]
         return scores
@@ -129,7 +150,7 @@ class CausalReader:
         batch = self.padded(prompts, "left")
         output = cast("Any", model).generate(
             **batch, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=self.tokenizer.pad_token_id,
-            eos_token_id=self.tokenizer.eos_token_id, return_dict_in_generate=True, output_logits=True,
+            eos_token_id=self.last, return_dict_in_generate=True, output_logits=True,
         )  # fmt: skip
         finite = torch.stack([logits.isfinite().all(1) for logits in output.logits]).all(0).tolist()
         written = output.sequences[:, batch["input_ids"].shape[1] :]

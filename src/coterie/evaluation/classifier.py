@@ -169,14 +169,17 @@ def _is_head(model: Any, name: str, child: nn.Module) -> bool:
 
 
 def _columns(config: Any, task: Task) -> list[int]:
-    """The logit of each class of the task: by the name in the head's configuration, else in order."""
-    if all(label in config.label2id for label in task.labels):
-        return [int(config.label2id[label]) for label in task.labels]
-    if config.num_labels == len(task.labels):
-        return list(range(len(task.labels)))
+    """The logit of each class of the task: by its name in the head's configuration, where upper and lower case are one
+    if that leaves no doubt; in order only where the configuration names no classes."""
+    names = [str(config.id2label[number]) for number in range(config.num_labels)]
+    for same in (str, str.casefold):
+        known = list(map(same, names))
+        if all(known.count(same(label)) == 1 for label in task.labels):
+            return [known.index(same(label)) for label in task.labels]
+    if names == [f"LABEL_{number}" for number in range(len(task.labels))]:
+        return list(range(len(names)))
     raise CoterieError(
-        f"task {task.name!r} has the classes {', '.join(task.labels)}, and the model's head "
-        f"{', '.join(map(str, config.label2id))}",
+        f"task {task.name!r} has the classes {', '.join(task.labels)}, and the model's head {', '.join(names)}",
         "suite",
-        "give labels: the model's own names of the values in the data",
+        "give labels: value in the data -> the model's own name of it",
     )

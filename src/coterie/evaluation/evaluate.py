@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import coterie
@@ -39,7 +40,7 @@ def evaluate(
     Args:
         suite: a name, a YAML file (see `own`), or a suite.
         models: directories or Hub ids: mixtures, fine-tunes of the base, or PEFT adapters of it. Default: the suite's
-            base and each of its experts.
+            base (read, where heads are the experts', through those) and each of its experts.
         rows: test rows of each task, at most.
         cache: where a base that the suite trains is kept.
         device: torch device.
@@ -49,7 +50,7 @@ def evaluate(
         whose experts bear the tasks' names has two entries: with the task not known, and known.
 
     Raises:
-        CoterieError: a suite or a model that cannot be read, or a model that fits none of the tasks.
+        CoterieError: a suite or its only model cannot be read, or no model has a value on any task.
     """
     quiet()
     found = suite if isinstance(suite, Suite) else find_suite(suite)
@@ -61,13 +62,15 @@ def evaluate(
     else:
         named = {source: source for source in models}
     answers: list[dict[str, Any]] = []
+    model: Any
     for name, place in {name: locate(source) for name, source in named.items()}.items():
         try:
-            read, model = open_model(reader, place, tasks)
+            headless = not models and name == "base" and bool(getattr(reader, "experts", None))
+            read, model = (reader, reader.model) if headless else open_model(reader, place, tasks)
         except CoterieError as error:  # the other models have their values
             if len(named) == 1:
                 raise
-            lacking = {task.name: str(error) for task in tasks}
+            lacking = dict.fromkeys((task.name for task in tasks), _said(error))
             answers.append({"model": name, "task": "", "values": dict.fromkeys(lacking), "notes": lacking})
             continue
         routed = hasattr(model, "coterie") and set(model.coterie.expert_names) >= {task.name for task in tasks}
@@ -79,10 +82,10 @@ def evaluate(
                 try:
                     values[task.name] = _value(read, model, task, rows, known)
                 except CoterieError as error:  # a head for other classes: the other tasks have their values
-                    values[task.name], notes[task.name] = None, str(error)
-            if len(notes) == len(tasks):
-                raise CoterieError(next(iter(notes.values())), name)
+                    values[task.name], notes[task.name] = None, _said(error)
             answers.append({"model": name, "task": "known" if known else "not known", "values": values, "notes": notes})
+    if all(len(each["notes"]) == len(tasks) for each in answers):
+        raise CoterieError("; ".join(dict.fromkeys(answers[0]["notes"].values())), answers[0]["model"])
     described = {task.name: {"metric": task.metric, "rows": len(task.test.head(rows))} for task in tasks}
     return tables.plain({"suite": found.name, "tasks": described, "models": answers})
 
@@ -150,7 +153,15 @@ def open_model(reader: Reader, location: Location, tasks: Sequence[Task]) -> tup
 def _value(reader: Reader, model: Any, task: Task, rows: int | None, known: bool) -> float:
     with torch.no_grad(), model.coterie.route(task.name) if known else nullcontext():
         scores = reader.scores(model, task, task.test.head(rows))
+    strange = int((~np.isfinite(scores)).sum())
+    if strange:
+        raise CoterieError(f"{strange:,} of {len(scores):,} answers on {task.name} are no numbers")
     return METRICS[task.metric].shown(float(skills([scores], [task.metric])[0]))
+
+
+def _said(error: CoterieError) -> str:
+    """What is wrong and how to mend it, of a model that is named beside it."""
+    return "; ".join(part for part in (error.what, error.mend) if part)
 
 
 def sheet(results: dict[str, Any]) -> Sheet:
@@ -162,8 +173,8 @@ def sheet(results: dict[str, Any]) -> Sheet:
     ]
     columns = ["model", "task", *(f"{name} ({tasks[name]['metric'].replace('_', ' ')})" for name in tasks)]
     counts = ", ".join(f"{name} {each['rows']:,}" for name, each in tasks.items())
-    notes = [note for each in results["models"] for note in each["notes"].values()]
-    return Sheet(results["suite"], columns, rows, "; ".join([f"test rows: {counts}", *dict.fromkeys(notes)]))
+    notes = [f"{each['model']}: {note}" for each in results["models"] for note in each["notes"].values()]
+    return Sheet(results["suite"], columns, rows, "\n".join([f"test rows: {counts}", *dict.fromkeys(notes)]))
 
 
 def _shown(value: float | None, metric: str) -> str:

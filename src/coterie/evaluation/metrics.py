@@ -37,16 +37,19 @@ def _columns(scores: np.ndarray) -> np.ndarray:
 
 
 def _confusion(cells: np.ndarray) -> np.ndarray:
-    """(..., N) cell numbers of a confusion matrix -> (..., N, _CLASSES**2) one-hot."""
-    return (cells[..., None] == np.arange(MOST_CLASSES**2)).astype(np.float64)
+    """(..., N) cell numbers of a confusion matrix -> (..., N, MOST_CLASSES**2) one-hot; NaN where a cell is NaN."""
+    hits = (cells[..., None] == np.arange(MOST_CLASSES**2)).astype(np.float64)
+    return np.where(np.isnan(cells)[..., None], np.nan, hits)
 
 
 def _macro_f1(confusion: np.ndarray) -> np.ndarray:
     square = confusion.reshape(*confusion.shape[:-1], MOST_CLASSES, MOST_CLASSES)
     hits = np.diagonal(square, axis1=-2, axis2=-1)
     either = square.sum(-1) + square.sum(-2)  # rows of a class, and rows that were given it
+    seen = either > 0  # not where it is NaN
     with np.errstate(invalid="ignore"):
-        return np.nanmean(np.where(either > 0, 2 * hits / either, np.nan), axis=-1)
+        mean: np.ndarray = np.where(seen, 2 * hits / either, 0.0).sum(-1) / seen.sum(-1)
+    return mean
 
 
 MOST_CLASSES = 32

@@ -8,8 +8,8 @@ tasks:
     test: data/sentiment.csv       # CSV, JSONL or Parquet; paths are relative to the working directory
     validation: data/sentiment-validation.csv        # what `coterie compare` chooses parameters on
     input: text                    # the column; or a list, joined by a line break
-    target: label                  # the column of the class, or of the text that is wanted
-    labels: {0: negative, 1: positive}               # value in the data -> the class's name
+    target: label                  # the column of the class, or of the text that is wanted after the input
+    labels: {0: negative, 1: positive}               # value in the data -> the model's name of the class
     metric: accuracy               # accuracy, f1 (macro), exact_match, perplexity
 """
 
@@ -57,7 +57,7 @@ class OwnSuite(_Strict):
     name: str | None = None
     base: Annotated[str, Field(min_length=1)]
     reader: Literal["classifier", "anchors", "causal"] = "classifier"
-    max_tokens: Annotated[int, Field(ge=1)] = 128
+    max_tokens: Annotated[int, Field(ge=2)] = 128
     experts: dict[str, str] = {}
     tasks: Annotated[dict[str, OwnTask], Field(min_length=1)]
 
@@ -97,8 +97,8 @@ def read(path: Path) -> Suite:
     base = partial(_base, given.base)
     committed = _Located(given.experts)
     return Suite(
-        given.name or path.stem, base, partial(_tasks, given), _reader(given, committed), {},
-        committed=committed if set(given.experts) == set(given.tasks) else {}, test_rows=None,
+        given.name or path.stem, base, partial(_tasks, given), _reader(given, committed), {}, committed=committed,
+        test_rows=None,
     )  # fmt: skip
 
 
@@ -109,7 +109,12 @@ class _Located(Mapping[str, Path]):
         self.sources = sources
 
     def __getitem__(self, name: str) -> Path:
+        if name not in self.sources:
+            raise CoterieError(f"task {name!r} has no expert", "suite", f"add one under experts: {{{name}: SOURCE}}")
         return locate(self.sources[name]).path
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.sources
 
     def __iter__(self) -> Any:
         return iter(self.sources)
@@ -130,7 +135,7 @@ def _reader(given: OwnSuite, experts: Mapping[str, Path]) -> Callable[[Path, str
     if given.reader == "causal":
         from .causal import CausalReader
 
-        return CausalReader
+        return partial(CausalReader, max_tokens=given.max_tokens)
     from .classifier import ClassifierReader
 
     return partial(ClassifierReader, experts=experts, max_tokens=given.max_tokens)
@@ -145,33 +150,40 @@ def _task(name: str, task: OwnTask, sizes: Mapping[str, int | None]) -> Task:
     columns = {split: _columns(name, task, getattr(task, split), sizes[split]) for split in sizes}
     found = {value for inputs, targets in columns.values() for value in targets}
     labels: dict[str, str] = {}
+    classes: tuple[str, ...] = ()
     if task.metric in ("accuracy", "f1"):
         if isinstance(task.labels, dict):
             labels = {str(value): text for value, text in task.labels.items()}
         else:
             labels = {value: value for value in task.labels or sorted(found)}
+        if not isinstance(task.labels, list) and all(value.isdecimal() for value in labels):  # class numbers
+            labels = dict(sorted(labels.items(), key=lambda item: int(item[0])))
+        classes = tuple(dict.fromkeys(labels.values()))
+        if task.labels is not None and len(classes) < 2:
+            raise CoterieError(f"task {name!r}: its labels name fewer than two classes", "suite", "name every class")
         strange = sorted(found - set(labels))
         if strange:
             hint = nearest(strange[0], list(labels))
             raise CoterieError(f"task {name!r}: {strange[0]!r} in column {task.target!r} is no label", "suite", hint)
-        if task.metric == "f1" and len(labels) > MOST_CLASSES:
+        if task.metric == "f1" and len(classes) > MOST_CLASSES:
             raise CoterieError(
-                f"task {name!r} has {len(labels)} classes", "suite", f"f1 reads at most {MOST_CLASSES}; use accuracy"
+                f"task {name!r} has {len(classes)} classes", "suite", f"f1 reads at most {MOST_CLASSES}; use accuracy"
             )
-    order = list(labels)
 
     def split(which: str) -> Split:
         inputs, targets = columns[which]
         if task.metric == "exact_match":
+            return Split(inputs, tuple(target.strip() for target in targets))
+        if task.metric == "perplexity" and task.target:
             return Split(inputs, targets)
-        numbers = [order.index(value) for value in targets] if labels else [0] * len(inputs)
+        numbers = [classes.index(labels[value]) for value in targets] if labels else [0] * len(inputs)
         return Split(inputs, np.array(numbers, dtype=np.int64))
 
-    return Task(name, tuple(labels.values()), split("train"), split("validation"), split("test"), task.metric)
+    return Task(name, classes, split("train"), split("validation"), split("test"), task.metric)
 
 
 def _columns(name: str, task: OwnTask, file: str | None, rows: int | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Inputs and targets (none for perplexity) of one file, as texts."""
+    """Inputs and targets (none without a target column) of one file, as texts."""
     if file is None:
         return (), ()
     table = load_table(Path(file).expanduser())
@@ -183,7 +195,7 @@ def _columns(name: str, task: OwnTask, file: str | None, rows: int | None) -> tu
     table = table.select(range(min(rows, len(table)))) if rows is not None else table
     cells = {column: [_text(v, column, file, i) for i, v in enumerate(table[column])] for column in set(wanted)}
     inputs = tuple("\n".join(parts) for parts in zip(*(cells[column] for column in wanted), strict=True))
-    if task.metric == "perplexity" or task.target is None:
+    if task.target is None:
         return inputs, ()
     return inputs, tuple(_text(v, task.target, file, i) for i, v in enumerate(table[task.target]))
 
@@ -232,4 +244,10 @@ def _explained(error: ValidationError, path: Path) -> CoterieError:
         return CoterieError(f"unknown key {place!r}", str(path), nearest(str(key), list(model.model_fields)))
     if first["type"] == "missing":
         return CoterieError(f"{place} is missing", str(path), "add it")
+    if where[2:3] == ["labels"]:
+        given = first["input"]
+        strange = [n for n in (given.values() if isinstance(given, dict) else [given]) if not isinstance(n, str)]
+        if strange:
+            what = f"the class {strange[0]!r} is no text (YAML reads no, yes, on and off as truth values)"
+            return CoterieError(f"tasks.{where[1]}.labels: {what}", str(path), 'quote the names: "no"')
     return CoterieError(f"{place}: {first['msg']}", str(path), "mend it")
