@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("datasets")
 
-from coterie.evaluation.compare import compare
 from test_own import world  # noqa: F401 (a fixture)
+
+from coterie.evaluation.compare import compare
 
 
 def other_head(expert: Path) -> None:

@@ -41,12 +41,18 @@ class Cells:
             self.warn(f"{path} is damaged; what it held is computed anew")
         cell = compute()
         self.directory.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=self.directory, prefix=".partial-")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump({"key": key, "value": cell, "sha256": digest(cell)}, file)
-            os.replace(partial, path)
-        except BaseException:
-            Path(partial).unlink(missing_ok=True)
-            raise
+        write_whole(path, json.dumps({"key": key, "value": cell, "sha256": digest(cell)}))
         return cell
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a text, which appears whole or not at all, and replaces what was there."""
+    handle, partial = tempfile.mkstemp(dir=file.parent, prefix=".partial-")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as opened:
+            opened.write(text)
+        os.chmod(partial, 0o644)
+        os.replace(partial, file)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise

@@ -16,6 +16,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from .cells import write_whole
 from .metrics import METRICS, Interval
 
 if TYPE_CHECKING:
@@ -66,7 +67,9 @@ class Sheet:
 
 
 def percent(share: float | None) -> str:
-    return "-" if share is None or not math.isfinite(share) else f"{100 * share:.1f}"
+    if share is None or not math.isfinite(share):
+        return "-"
+    return f"{round(100 * share, 1) + 0.0:.1f}"  # + 0.0: no minus sign before a zero
 
 
 def span(interval: Interval | None) -> str:
@@ -109,6 +112,7 @@ def sheets(comparison: Comparison) -> Iterator[Sheet]:
     seed = "" if comparison.seed is None else f", seed {comparison.seed}"
     title = f"{comparison.experts}{seed}"
     valued = [each for each in results if each.normalised]
+    without = [task for task, skill in zip(comparison.tasks, comparison.ladder["expert"], strict=True) if not skill]
     yield Sheet(
         f"{title}: what one model keeps of the experts' skill, %",
         ["method", "setting", "parameters", "others", "task", "normalised", "recovered gap", "size", "made in, s"],
@@ -122,7 +126,8 @@ def sheets(comparison: Comparison) -> Iterator[Sheet]:
         ],
         "normalised: mean over tasks of skill / the expert's; recovered gap: share of the way from the base to the "
         "experts; in brackets 95% paired bootstrap intervals over rows and tasks. Settings were chosen on validation "
-        "rows. The label set of a row is known to every method; `task known` means that its expert is, too.",
+        "rows. The label set of a row is known to every method; `task known` means that its expert is, too."
+        + (f" Nothing can be normalised: the expert of {' and of '.join(without)} has no skill." if without else ""),
     )  # fmt: skip
     yield Sheet(
         f"{title}: every task",
@@ -137,6 +142,23 @@ def sheets(comparison: Comparison) -> Iterator[Sheet]:
             ["expert", *heads(comparison)],
             [[expert, *_skills(row, comparison)] for expert, row in comparison.matrix.items()],
         )
+
+
+def brief(comparison: Comparison) -> Sheet:
+    """The first of `sheets`, narrow enough for a terminal: what tells a result from the others in one column."""
+    whole = next(sheets(comparison))
+    rows, notes = [], []
+    for each, (_, setting, given, others, _, *cells) in zip(comparison.results, whole.rows, strict=True):
+        setting = setting.replace(" and ", " = ").removesuffix(" on validation")
+        known = "task known" if each.task == "known" else ""
+        rows.append([", ".join(filter(None, (each.method, setting, others, known))), given, *cells])
+        if each.note:
+            rows[-1][2] = "-"
+            notes.append(f"{name(each)}: {each.note}")
+    return Sheet(
+        whole.title, ["method, setting, others", "parameters", *whole.columns[5:]], rows,
+        "\n".join([whole.caption, *notes]),
+    )  # fmt: skip
 
 
 def ladder(comparison: Comparison, title: str) -> Sheet:
@@ -207,10 +229,10 @@ def _skills(skills: Sequence[float], comparison: Comparison) -> list[str]:
 def write(
     out: Path, suite: str, comparisons: Sequence[Comparison], found: Sequence[Sheet] | None = None
 ) -> dict[str, Any]:
-    """Write `results.json`, `results.csv`, `results.md` and `report.html`.
+    """Write `results.json`, `results.csv`, `results.md` and `report.html`, each whole or not at all.
 
     Args:
-        out: directory.
+        out: directory; made where it is missing.
         suite: its name.
         comparisons: one for each set of experts.
         found: the tables to write; default: everything.
@@ -222,15 +244,20 @@ def write(
 
     compared = {"comparisons": list(map(asdict, comparisons)), "summary": summary(comparisons)}
     results = plain({"suite": suite, **compared, "versions": versions()})
-    (out / "results.json").write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    (out / "results.csv").write_text(comma_separated(comparisons), encoding="utf-8")
     if found is None:
         found = [summary_sheet(comparisons)] if len(comparisons) > 1 else []
         found += [sheet for comparison in comparisons for sheet in sheets(comparison)]
     notes = [f"- {note}" for comparison in comparisons for note in comparison.notes]
     text = "\n".join([f"# {suite}\n", *(sheet.markdown() for sheet in found), *notes])
-    (out / "results.md").write_text(text.rstrip() + "\n", encoding="utf-8")
-    (out / "report.html").write_text(page(suite, comparisons, found), encoding="utf-8")
+    files = {
+        "results.json": json.dumps(results, indent=1, allow_nan=False) + "\n",
+        "results.csv": comma_separated(comparisons),
+        "results.md": text.rstrip() + "\n",
+        "report.html": page(suite, comparisons, found),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    for file, content in files.items():
+        write_whole(out / file, content)
     return results
 
 
@@ -265,9 +292,20 @@ def comma_separated(comparisons: Sequence[Comparison]) -> str:
 
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:auto;padding:1rem;color:#1b1f24}
-.scroll{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
+*{overflow-wrap:anywhere}.scroll{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 th,td{padding:.25rem .6rem;border-bottom:1px solid #d8dee4;text-align:right;white-space:nowrap}
-th:first-child,td:first-child{text-align:left}svg{max-width:100%;height:auto}p{color:#57606a;max-width:60rem}"""
+th:first-child,td:first-child{text-align:left}p,figcaption{color:#57606a;max-width:60rem}
+figure,ol{margin:0;padding:0}.result,.axis{display:grid;grid-template:"name track value"/22rem 1fr 10rem;gap:0 2rem}
+.result{align-items:center;border-bottom:1px solid #eef1f4;break-inside:avoid;font-size:14px}
+.name{grid-area:name;padding:.2rem 0}.value{grid-area:value;font-variant-numeric:tabular-nums;white-space:nowrap}
+.track{grid-area:track;position:relative;align-self:stretch;min-height:1.4rem}.result .track:not(:has(svg)){padding:.2rem 0}
+.track svg{position:absolute;width:100%;height:100%;overflow:visible}.grid{stroke:#d8dee4}
+.known{stroke:#bf8700;fill:#bf8700}.unknown{stroke:#0969da;fill:#0969da}
+.axis span{position:absolute;transform:translateX(-50%);white-space:nowrap;font-size:12px;color:#57606a}
+figcaption svg{width:10px;height:10px}
+@media(max-width:52rem){.result,.axis{display:block;padding:.2rem 0}.result .track,.axis .track{margin:0 1.2rem}
+.value{padding-left:.5rem;font-weight:600}}
+@media print{.scroll{overflow:visible}th,td{white-space:normal;padding:.15rem .3rem;font-size:11px}}"""
 
 
 def page(suite: str, comparisons: Sequence[Comparison], found: Sequence[Sheet]) -> str:
@@ -285,39 +323,37 @@ def page(suite: str, comparisons: Sequence[Comparison], found: Sequence[Sheet]) 
 
 
 def figure(comparison: Comparison) -> str:
-    """Normalised skill of every result, with its interval, as horizontal lines; in SVG."""
-    results = [r for r in comparison.results if r.normalised and math.isfinite(r.normalised.value)]
-    top = max([1.0, *(r.normalised.high for r in results if r.normalised and math.isfinite(r.normalised.high))])
-    left, width, line = 420, 480, 22
-    height = line * len(results) + 40
-
-    def x(share: float) -> float:
-        return left + width * max(0.0, min(share, top)) / top
-
-    drawn = []
-    for i, each in enumerate(results):
-        y, span_ = line * i + 20, each.normalised
-        assert span_ is not None
-        label = escape(f"{name(each)} ({each.ratio:.2f}x)")
-        tip = escape(f"{name(each)}; {parameters(each.parameters)}; {span(span_)}")
-        color = "#0969da" if each.task == "not known" else "#bf8700"
-        whisker = (
-            f'<line x1="{x(span_.low):.1f}" x2="{x(span_.high):.1f}" y1="{y}" y2="{y}" stroke="{color}" '
-            f'stroke-width="2"/>'
-            if math.isfinite(span_.low)
-            else ""
-        )
-        drawn.append(
-            f'<g><title>{tip}</title><text x="{left - 10}" y="{y + 4}" text-anchor="end" font-size="12">{label}</text>'
-            f'{whisker}<circle cx="{x(span_.value):.1f}" cy="{y}" r="5" fill="{color}"/></g>'
-        )
-    axis = "".join(
-        f'<line x1="{x(t):.1f}" x2="{x(t):.1f}" y1="8" y2="{height - 24}" stroke="#d8dee4"/>'
-        f'<text x="{x(t):.1f}" y="{height - 8}" text-anchor="middle" font-size="11">{100 * t:.0f}%</text>'
-        for t in np.arange(0, top + 1e-9, 0.2)
-    )
+    """Normalised skill of every result, with its interval: a row of text around a drawn line, in HTML."""
+    highs = [r.normalised.high for r in comparison.results if r.normalised and math.isfinite(r.normalised.high)]
+    top = max([1.0, *highs])
+    step = next(step for step in (0.2, 0.5, *(10.0**i for i in range(99))) if top / step < 6.5)
+    marks = [f"{100 * share / top:.2f}%" for share in np.arange(0, top + 1e-9, step)]
+    grid = "".join(f"<line x1={x} x2={x} y1=0 y2=100% class=grid />" for x in marks)
+    shares = "".join(f'<span style="left:{x}">{100 * i * step:.0f}%</span>' for i, x in enumerate(marks))
+    axis = f"<div class=axis aria-hidden=true><div class=track>{shares}</div></div>"
+    rows = "".join(_row(each, top, grid) for each in comparison.results)
+    dots = {kind: f'<svg aria-hidden=true class={kind}><circle cx=5 cy=5 r=5 /></svg>' for kind in ("unknown", "known")}
     return (
-        f'<svg viewBox="0 0 {left + width + 30} {height}" role="img" font-family="system-ui,sans-serif" '
-        f'aria-label="normalised skill of every method">{axis}{"".join(drawn)}</svg>'
-        "<p>Normalised skill with 95% intervals; blue: the task is not known, yellow: it is. Size in brackets.</p>"
+        f'<figure aria-label="normalised skill of every method">{axis}<ol>{rows}</ol>{axis}'
+        f"<figcaption>Normalised skill, %, with 95% intervals; {dots['unknown']} blue: the task is not known, "
+        f"{dots['known']} amber: it is. Size in brackets.</figcaption></figure>"
+    )
+
+
+def _row(result: Result, top: float, grid: str) -> str:
+    """A result in the figure, whose right edge is `top`; `grid` is drawn behind it."""
+    found, kind = result.normalised, "known" if result.task == "known" else "unknown"
+    if found and math.isfinite(found.value):
+        value, low, high = (
+            f"{100 * min(max(share, 0.0), top) / top:.2f}%" for share in (found.value, found.low, found.high)
+        )
+        whisker = f"<line x1={low} x2={high} y1=50% y2=50% stroke-width=2 />" if math.isfinite(found.low) else ""
+        dot = f"<circle cx={value} cy=50% r=5 />"
+        drawn = f"<div class=track><svg aria-hidden=true>{grid}<g class={kind}>{whisker}{dot}</g></svg></div>"
+    else:
+        drawn = f"<div class=track>{escape(result.note or 'no value')}</div>"
+    tip = escape("; ".join(filter(None, (name(result), parameters(result.parameters), span(found)))))
+    return (
+        f'<li class=result title="{tip}"><span class=name>{escape(name(result))} ({result.ratio:.2f}x)</span>'
+        f"<span class=value>{escape(span(found))}</span>{drawn}</li>"
     )
