@@ -55,13 +55,20 @@ class Browser:
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 
-    def open(self, file: Path, width: int = 1280, height: int = 900, scheme: str = "light") -> None:
-        """Open a report and wait until it is drawn."""
+    def open(
+        self,
+        file: Path,
+        width: int = 1280,
+        height: int = 900,
+        scheme: str = "light",
+        drawn: str = "document.documentElement?.dataset.drawn",
+    ) -> None:
+        """Open a report and wait until it is drawn, which a JavaScript expression tells."""
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         self._events.clear()
         self.send("Page.navigate", url=file.absolute().as_uri())
-        self._until(lambda: self.run("document.documentElement?.dataset.drawn") or self.complaints())
+        self._until(lambda: self.run(drawn) or self.complaints())
 
     def complaints(self) -> list[str]:
         """Errors and warnings of the page since it was opened, and whatever it asked a network for."""

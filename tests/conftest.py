@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ[_name] = "1"
@@ -14,6 +15,8 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from browser import Browser
 
 torch.set_num_threads(1)
 
@@ -35,3 +38,15 @@ def _seeded():
     dtype = torch.get_default_dtype()
     yield
     torch.set_default_dtype(dtype)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A headless Chromium, where there is one."""
+    pytest.importorskip("websocket")
+    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if program is None:
+        pytest.skip("no Chromium here")
+    started = Browser(program)
+    yield started
+    started.close()

@@ -269,6 +269,17 @@ def test_a_base_whose_answers_are_no_numbers(suite: Suite, tmp_path: Path, monke
     monkeypatch.setattr(AnchorReader, "scores", lambda self, model, task, split: np.full(len(split), np.nan))
     with pytest.raises(CoterieError, match="the base: 40 of 40 answers on first are no numbers"):
         run(suite, tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("place", ["out", "cache"])
+def test_a_file_in_the_way(place: str, suite: Suite, tmp_path: Path) -> None:
+    suite = replace(suite, tasks=lambda **sizes: pytest.fail("there was work"))
+    (tmp_path / place).write_text("mine")
+    with pytest.raises(CoterieError, match=f"--{place}: .*{place} is no directory"):
+        run(suite, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [place]
+    assert (tmp_path / place).read_text() == "mine"
 
 
 def test_a_task_that_tells_nothing(suite: Suite, tmp_path: Path) -> None:

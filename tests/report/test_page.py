@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -20,8 +19,6 @@ from coterie.errors import CoterieError
 from coterie.report.look import look_inside
 from coterie.report.texts import ROWS, read_texts
 from zoo import VOCAB, base_model, fine_tune, inputs, save
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 def _figures(page: str) -> list[dict]:
@@ -214,16 +211,6 @@ def test_hundreds_of_layers_stay_readable(tmp_path: Path):
                 assert len(axis["tickvals"]) <= 7, (figure["key"], name)
     own = len(json.dumps(_data(page)))
     assert own < 2_000_000
-
-
-@pytest.fixture(scope="module")
-def browser():
-    pytest.importorskip("websocket")
-    if CHROMIUM is None:
-        pytest.skip("no Chromium here")
-    started = Browser(CHROMIUM)
-    yield started
-    started.close()
 
 
 @pytest.mark.parametrize("which", ["bare", "full"])

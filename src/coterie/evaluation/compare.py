@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -63,11 +64,14 @@ def compare(
 
     Raises:
         CoterieError: an unknown suite, method or kind of experts; a task with one class or no rows; data, base or
-            experts that cannot be read; a base or an expert whose answers are no numbers.
+            experts that cannot be read; a base or an expert whose answers are no numbers; `out` or `cache` is a file or
+            cannot be written in.
     """
     quiet()
     console, cache, out = console or Console(), Path(cache), Path(out)
     names = _names(methods)
+    _check_directory(out, "--out")
+    _check_directory(cache, "--cache")
     suite = suite if isinstance(suite, Suite) else find_suite(suite)
     kind = experts or ("full" if suite.recipes else "committed")
     if seeds < 1:
@@ -78,7 +82,6 @@ def compare(
         grids = {name: [way.parameters for way in ways(name, len(tasks))[:2]] for name in names}
     check(tasks)
     cache.mkdir(parents=True, exist_ok=True)
-    out.mkdir(parents=True, exist_ok=True)
     reader = suite.reader(suite.base(cache, device, tiny), device)
     sets = expert_sets(suite, tasks, reader, kind, seeds, tiny, cache, device, console)
 
@@ -97,7 +100,7 @@ def compare(
             comparisons.append(comparer.compare(TITLES[kind], directories, names, grids, seed))
             results = tables.write(out, suite.name, comparisons)
     for comparison in comparisons:
-        console.print(next(tables.sheets(comparison)).rich())
+        console.print(tables.brief(comparison).rich())
     if len(comparisons) > 1:
         console.print(tables.summary_sheet(comparisons).rich())
     return results
@@ -171,9 +174,20 @@ def _names(methods: Sequence[str] | str) -> list[str]:
     return ["average", *(name for name in names if name != "average")]
 
 
+def _check_directory(directory: Path, option: str) -> None:
+    """Refuse a place where no directory can be made or written in, before any work."""
+    there = next(path for path in (directory.absolute(), *directory.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise CoterieError(f"{there} is no directory", option, "choose another")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise CoterieError(f"{there} cannot be written in", option, "choose another")
+
+
 def _check_kind(suite: Suite, kind: str, seeds: int) -> None:
     kinds = [*suite.recipes, *(f"{name}-seeds" for name in suite.recipes if name == "lora")]
     kinds += ["committed"] if suite.committed else []
+    if not kinds:
+        raise CoterieError(f"{suite.name} names no experts", "suite", "name one for each task under experts:")
     if kind not in kinds:
         raise CoterieError(f"{suite.name} has no experts of kind {kind!r}", "--experts", f"known: {', '.join(kinds)}")
     if kind == "committed" and seeds > 1:

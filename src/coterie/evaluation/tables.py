@@ -298,12 +298,12 @@ th:first-child,td:first-child{text-align:left}p,figcaption{color:#57606a;max-wid
 figure,ol{margin:0;padding:0}.result,.axis{display:grid;grid-template:"name track value"/22rem 1fr 10rem;gap:0 2rem}
 .result{align-items:center;border-bottom:1px solid #eef1f4;break-inside:avoid;font-size:14px}
 .name{grid-area:name;padding:.2rem 0}.value{grid-area:value;font-variant-numeric:tabular-nums;white-space:nowrap}
-.track{grid-area:track;position:relative;align-self:stretch;min-height:1.4rem}.result .track:not(:has(svg)){padding:.2rem 0}
+.track{grid-area:track;position:relative;align-self:stretch;min-height:1.4rem}.note{grid-area:track;padding:.2rem 0}
 .track svg{position:absolute;width:100%;height:100%;overflow:visible}.grid{stroke:#d8dee4}
 .known{stroke:#bf8700;fill:#bf8700}.unknown{stroke:#0969da;fill:#0969da}
 .axis span{position:absolute;transform:translateX(-50%);white-space:nowrap;font-size:12px;color:#57606a}
 figcaption svg{width:10px;height:10px}
-@media(max-width:52rem){.result,.axis{display:block;padding:.2rem 0}.result .track,.axis .track{margin:0 1.2rem}
+@media(max-width:52rem){.result,.axis{display:block;padding:.2rem 0}.track,.note{margin:0 1.2rem}
 .value{padding-left:.5rem;font-weight:600}}
 @media print{.scroll{overflow:visible}th,td{white-space:normal;padding:.15rem .3rem;font-size:11px}}"""
 
@@ -332,7 +332,7 @@ def figure(comparison: Comparison) -> str:
     shares = "".join(f'<span style="left:{x}">{100 * i * step:.0f}%</span>' for i, x in enumerate(marks))
     axis = f"<div class=axis aria-hidden=true><div class=track>{shares}</div></div>"
     rows = "".join(_row(each, top, grid) for each in comparison.results)
-    dots = {kind: f'<svg aria-hidden=true class={kind}><circle cx=5 cy=5 r=5 /></svg>' for kind in ("unknown", "known")}
+    dots = {kind: f"<svg aria-hidden=true class={kind}><circle cx=5 cy=5 r=5 /></svg>" for kind in ("unknown", "known")}
     return (
         f'<figure aria-label="normalised skill of every method">{axis}<ol>{rows}</ol>{axis}'
         f"<figcaption>Normalised skill, %, with 95% intervals; {dots['unknown']} blue: the task is not known, "
@@ -351,7 +351,7 @@ def _row(result: Result, top: float, grid: str) -> str:
         dot = f"<circle cx={value} cy=50% r=5 />"
         drawn = f"<div class=track><svg aria-hidden=true>{grid}<g class={kind}>{whisker}{dot}</g></svg></div>"
     else:
-        drawn = f"<div class=track>{escape(result.note or 'no value')}</div>"
+        drawn = f"<div class=note>{escape(result.note or 'no value')}</div>"
     tip = escape("; ".join(filter(None, (name(result), parameters(result.parameters), span(found)))))
     return (
         f'<li class=result title="{tip}"><span class=name>{escape(name(result))} ({result.ratio:.2f}x)</span>'
