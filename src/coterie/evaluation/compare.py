@@ -70,8 +70,8 @@ def compare(
     quiet()
     console, cache, out = console or Console(), Path(cache), Path(out)
     names = _names(methods)
-    _check_directory(out, "--out")
-    _check_directory(cache, "--cache")
+    check_directory(out, "--out")
+    check_directory(cache, "--cache")
     suite = suite if isinstance(suite, Suite) else find_suite(suite)
     kind = experts or ("full" if suite.recipes else "committed")
     if seeds < 1:
@@ -174,7 +174,7 @@ def _names(methods: Sequence[str] | str) -> list[str]:
     return ["average", *(name for name in names if name != "average")]
 
 
-def _check_directory(directory: Path, option: str) -> None:
+def check_directory(directory: Path, option: str) -> None:
     """Refuse a place where no directory can be made or written in, before any work."""
     there = next(path for path in (directory.absolute(), *directory.absolute().parents) if os.path.lexists(path))
     if not there.is_dir():

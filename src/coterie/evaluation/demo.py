@@ -13,9 +13,9 @@ from rich.console import Console
 import coterie
 
 from . import tables
-from .cells import Cells
+from .cells import Cells, write_whole
 from .combine import Experts, Way, recipe
-from .compare import TITLES, expert_sets
+from .compare import TITLES, check_directory, expert_sets
 from .comparer import Comparer, Comparison, Result
 from .extract import PROVENANCE
 from .picture import svg
@@ -82,6 +82,8 @@ def run(
     console = console or Console()
     suite = settings.suite
     tasks = suite.tasks(test=settings.test)
+    check_directory(out, "--out")
+    check_directory(cache, "--cache")
     cache.mkdir(parents=True, exist_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     reader = suite.reader(suite.base(cache, device, False), device)
@@ -117,7 +119,7 @@ def run(
     for note in dict.fromkeys(note for each in comparisons for note in each.notes):
         console.print(f"! {note}", style="yellow")
     results = tables.write(out, suite.name, comparisons, sheets)
-    (out / "results.svg").write_text(svg([sheet.rich() for sheet in sheets], "coterie demo"))
+    write_whole(out / "results.svg", svg([sheet.rich() for sheet in sheets], "coterie demo"))
     console.print(f"\nThe mixture is in {out / 'mixture'}, the tables are in {out}. To use it:\n")
     console.print(
         f"    import coterie, transformers\n"
