@@ -1,6 +1,6 @@
 """Renders docs/suites.md from what suites.py wrote to benchmarks/results/suites.json.
 
-What stands between `<!-- gates -->` or the mark of a part (`<!-- text8-full -->`) and `<!-- end -->` is replaced.
+What stands between `<!-- gates -->` or `<!-- parts -->` and `<!-- end -->` is replaced.
 
     python benchmarks/suites_page.py
 """
@@ -179,10 +179,8 @@ def render(results: Path, page: Path) -> None:
     folder = page.with_suffix("")
     folder.mkdir(exist_ok=True)
     picture(result, folder / "methods.svg")
-    text = filled(page.read_text(), "gates", gates(result))
-    for name, each in result.items():
-        text = filled(text, name, part(name, each))
-    page.write_text(text)
+    parts = "\n\n".join(f"## {name}\n\n{part(name, each)}" for name, each in result.items())
+    page.write_text(filled(filled(page.read_text(), "gates", gates(result)), "parts", parts))
 
 
 if __name__ == "__main__":

@@ -44,11 +44,12 @@ def test_gates_and_methods_reach_the_page(tmp_path: Path, monkeypatch: pytest.Mo
 
     page = tmp_path / "suites.md"
     page.write_text(
-        "above\n" + "".join(f"<!-- {name} -->\nstale\n<!-- end -->\n" for name in ("gates", *parts)) + "last"
+        "above\n" + "".join(f"<!-- {name} -->\nstale\n<!-- end -->\n" for name in ("gates", "parts")) + "last"
     )
     suites_page.render(tmp_path, page)
     text = page.read_text()
     assert "stale" not in text and text.startswith("above") and text.endswith("last")
+    assert all(f"## {name}" in text for name in parts)
     assert text.count("| one |") == 1 and "| ungated |" not in text  # the gates' table
     published = {row.split(" | ")[0]: row for row in suites_page.beside_published(result["three"]).splitlines()}
     assert "66.5 | 43.5" in published["| average"] and "88.2 | 95.0" in published["| smile"]
