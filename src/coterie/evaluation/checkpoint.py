@@ -37,7 +37,16 @@ def save(path: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.op
 
 
 def resume(path: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> Any:
-    """Put a checkpoint's weights and moments back; what was told with it, or None where there is no sound one."""
+    """Put a checkpoint's weights and moments back; warns of one that cannot be read, and changes nothing then.
+
+    Args:
+        path: the file.
+        parameters: by name, those that are trained.
+        optimizer: theirs.
+
+    Returns:
+        What was told with it, or None where there is no sound one.
+    """
     if not path.exists():
         return None
     try:

@@ -34,6 +34,8 @@ class Reader(Protocol):
             its `nn.Linear`s are what LoRA adapts and what the ladder keeps.
         settings: everything else that a loss or a score depends on, as JSON values (a scale, the most tokens of an
             input, the fingerprint of a second model): a part of the key of every expert and of every finished cell.
+
+    One that answers tasks by their experts' heads has `experts`, task -> directory, too: a part of the cells' keys.
     """
 
     base: Path
