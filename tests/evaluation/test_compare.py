@@ -328,8 +328,11 @@ def test_trained_experts_and_their_spread(kind: str, suite: Suite, tmp_path: Pat
     weights = next(experts[0].glob("*.safetensors"))
     good = weights.read_bytes()
     weights.write_bytes(good[:-8] + bytes(8))
+    config = next(experts[1].glob("*config.json"))
+    told = config.read_text()
+    config.write_text(told[:20])
     run(suite, tmp_path, "average", experts=kind, seeds=2, tiny=True)
-    assert weights.read_bytes() == good
+    assert weights.read_bytes() == good and config.read_text() == told
 
 
 def test_routed_share_leaves_padding_out(suite: Suite, tmp_path: Path) -> None:

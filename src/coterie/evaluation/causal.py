@@ -126,7 +126,8 @@ class CausalReader:
     @torch.inference_mode()
     def scores(self, model: nn.Module, task: Task, split: Split) -> np.ndarray:
         """(N,) float64: negative log-likelihood per token ("perplexity"), or whether greedy generation after the
-        prompt gives the answer, no more and no less but white space around it ("exact_match")."""
+        prompt gives the answer, no more and no less but white space around it ("exact_match"). 24 tokens are written
+        at most, or those of the longest answer."""
         scores = np.empty(len(split))
         if task.metric == "perplexity":
             ids, labels = self.labelled(split)
@@ -136,20 +137,21 @@ class CausalReader:
                 scores[rows] = (total / tokens).double().cpu().numpy()
             return scores
         prompts = [self._begun(ids, self.max_tokens) for ids in self.tokenize(split.inputs)]
+        most = max([NEW_TOKENS, *map(len, self.tokenize(split.targets))])
         for rows in _alike(prompts, 128):
             with told(model, (split.inputs[row] for row in rows)):
-                right = self.generated(model, [prompts[row] for row in rows])
+                right = self.generated(model, [prompts[row] for row in rows], most)
             scores[rows] = [
                 np.nan if answer is None else float(split.targets[row] in (answer, answer.strip()))
                 for row, answer in zip(rows, right, strict=True)
             ]
         return scores
 
-    def generated(self, model: nn.Module, prompts: list[list[int]]) -> list[str | None]:
-        """What greedy decoding writes after each prompt; None where a logit on the way is no number."""
+    def generated(self, model: nn.Module, prompts: list[list[int]], most: int) -> list[str | None]:
+        """What greedy decoding writes after each prompt, in so many tokens; None where a logit on the way is NaN."""
         batch = self.padded(prompts, "left")
         output = cast("Any", model).generate(
-            **batch, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=self.tokenizer.pad_token_id,
+            **batch, max_new_tokens=most, do_sample=False, pad_token_id=self.tokenizer.pad_token_id,
             eos_token_id=self.last, return_dict_in_generate=True, output_logits=True,
         )  # fmt: skip
         finite = torch.stack([logits.isfinite().all(1) for logits in output.logits]).all(0).tolist()

@@ -67,8 +67,9 @@ class Job:
 
     def finished(self, cache: Path) -> bool:
         """Whether the cache holds the expert, whole."""
+        config = "adapter_config.json" if self.recipe.kind == "lora" else "config.json"
         try:
-            record = json.loads((self.directory(cache) / RECORD).read_text())
+            record, _ = (json.loads((self.directory(cache) / name).read_text()) for name in (RECORD, config))
         except (OSError, ValueError):
             return False
         return bool(record.get("sha256") == weights_sha256(self.directory(cache)))

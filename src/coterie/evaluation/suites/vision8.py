@@ -67,7 +67,7 @@ MARKS = {
     "clocks": np.minimum(ROWS, BELOW) + np.minimum(COLUMNS, BESIDE) < 7,
     "dots": (ROWS + COLUMNS) % 10 < 2,
 }
-"""(28, 28) bool, by task: what is printed on its paper, in ink: bars above and beside, left, below; ruled lines; a frame;
+"""(28, 28) bool, by task: what is printed on its paper, in ink: bars above and beside, left, below; lines; a frame;
 a grid; corners; stripes."""
 
 package = partial(package_dir, extra="suites")
