@@ -180,6 +180,19 @@ def test_lm4_rows() -> None:
     asked = {*task.train.inputs}
     turned = {" ".join([b, "plus", a, "is"]) for a, _, b, _ in (text.split() for text in asked if " plus " in text)}
     assert not turned & set(task.test.inputs)  # a sum and its mirror image are in one split
+
+
+def test_lm4_numbers() -> None:
+    """Numbers that the base has not read, each spelled as its digits say."""
+    import inflect
+
+    task = lm4.domain("numbers", 8000, 500, 4000)
+    assert disjoint(task)
+    assert len(task.train) >= 6000 and len(task.test) >= 2000
+    spell = inflect.engine().number_to_words
+    for prompt, answer in zip(task.test.inputs[:50], task.test.targets[:50], strict=True):
+        assert prompt == f"{spell(int(answer))} in digits is"
+    assert not any("in digits" in text for text in lm4.corpus(tiny=True))
     assert lm4.pairs([("", "a"), ("", "b")]).inputs == ("a", "b")
     rows = lm4.domain("spelling", 20, 5, 20).train
     assert all(answer == " " + " ".join(p[6:-1]) for p, answer in zip(rows.inputs, rows.targets, strict=True))

