@@ -176,6 +176,16 @@ def test_nothing_else_is_replaced(mixture: Path, tmp_path: Path):
     assert precious.read_text() == "mine"
 
 
+def test_a_page_that_cannot_be_written_leaves_nothing(mixture: Path, tmp_path: Path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(CoterieError, match="no space left"):
+        look_inside(mixture, tmp_path / "report.html")
+    assert not list(tmp_path.iterdir())
+
+
 def test_no_tokenizer_and_no_text_model(tmp_path: Path):
     base = base_model("vit")
     save(base, tmp_path / "base")

@@ -6,8 +6,6 @@ import base64
 import gzip
 import json
 import math
-import os
-import tempfile
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CoterieError
+from ..evaluation.cells import write_whole
 from .charts import Figure, Layers, Palette, percent
 from .figures import kept_sentence, overlap_means, weights
 from .inspect import Inspection
@@ -70,12 +69,7 @@ def write_page(
     page = render(title, inspection, layers, record, tokenizer)
     require_free(out)
     try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=out.absolute().parent, prefix=f".{out.name}.", delete=False
-        ) as file:
-            file.write(page)
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, out)
+        write_whole(out.absolute(), page)
     except OSError as error:
         raise CoterieError(f"cannot be written ({error})", str(out), "choose another file") from None
 
