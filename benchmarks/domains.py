@@ -44,7 +44,11 @@ def pictures() -> tuple[np.ndarray, np.ndarray, str]:
         labels = [read_idx(FASHION / f"{part}-labels-idx1-ubyte.gz") for part in ("train", "t10k")]
         return np.concatenate(images), np.concatenate(labels).astype(np.int64), "Fashion-MNIST"
     rows = list(vision8.digits())
-    drawn = [vision8.draw_digit(vision8.generator(text), *text.split("|"))[..., 0] for text, _, _ in rows]
+    white, black = (255, 255, 255), (0, 0, 0)
+    drawn = [
+        vision8.inked(vision8.digit(*text.split("|")), white, black, vision8.generator(text))[..., 0]
+        for text, _, _ in rows
+    ]
     return np.stack(drawn), np.array([int(label) for _, label, _ in rows]), "handwritten digits"
 
 

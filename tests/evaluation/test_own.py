@@ -341,14 +341,16 @@ def test_generated_answers(lacking: list[str], tmp_path: Path) -> None:
     base = language_model(tmp_path / "base", *lacking)
     tokens = tf.AutoTokenizer.from_pretrained(base)
     model = tf.AutoModelForCausalLM.from_pretrained(base).eval()
-    lines = []
+    lines, longest = [], 0
     for prompt, seen in (("a b c d e f g h i j", "f g h i j"), ("k l", "k l")):
         ids = [3 if lacking else 2, *tokens.convert_tokens_to_ids(seen.split())]
         length = len(ids)
         while len(ids) < length + 40 and ids[-1] != 3:
             with torch.no_grad():
                 ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        longest = max(longest, len(ids) - length)
         lines.append({"q": prompt, "a": f" {tokens.decode(ids[length:], skip_special_tokens=True)}\n"})
+    assert longest > 24  # more than is written for short answers
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     task = {"test": str(tmp_path / "t.jsonl"), "input": "q", "target": "a", "metric": "exact_match"}
     suite = {"base": str(base), "reader": "causal", "max_tokens": 6, "tasks": {"t": task}}
@@ -365,6 +367,15 @@ def test_white_space_around_an_answer(tmp_path: Path, monkeypatch: pytest.Monkey
     assert reader.scores(reader.model, task, Split(("a", "b"), ("four", "four"))).tolist() == [1, 1]
     # A suite whose targets have white space of their own means it.
     assert reader.scores(reader.model, task, Split(("a", "b"), (" four\n", " four"))).tolist() == [1, 0]
+
+
+def test_no_more_is_written_than_there_are_positions(tmp_path: Path) -> None:
+    from coterie.evaluation.causal import CausalReader
+
+    reader = CausalReader(language_model(tmp_path / "base"))
+    reader.model.config.max_position_embeddings = 6
+    (text,) = reader.generated(reader.model, [[2, 5, 6]], 50)
+    assert text is not None and len(text.split()) <= 3
 
 
 def test_a_tokenizer_without_an_end(tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ class CausalReader:
     def scores(self, model: nn.Module, task: Task, split: Split) -> np.ndarray:
         """(N,) float64: negative log-likelihood per token ("perplexity"), or whether greedy generation after the
         prompt gives the answer, no more and no less but white space around it ("exact_match"). 24 tokens are written
-        at most, or those of the longest answer."""
+        at most, or those of the longest answer, as far as the model has positions."""
         scores = np.empty(len(split))
         if task.metric == "perplexity":
             ids, labels = self.labelled(split)
@@ -150,6 +150,9 @@ class CausalReader:
     def generated(self, model: nn.Module, prompts: list[list[int]], most: int) -> list[str | None]:
         """What greedy decoding writes after each prompt, in so many tokens; None where a logit on the way is NaN."""
         batch = self.padded(prompts, "left")
+        positions = getattr(cast("Any", model).config, "max_position_embeddings", None)
+        if positions:
+            most = max(1, min(most, positions - batch["input_ids"].shape[1]))
         output = cast("Any", model).generate(
             **batch, max_new_tokens=most, do_sample=False, pad_token_id=self.tokenizer.pad_token_id,
             eos_token_id=self.last, return_dict_in_generate=True, output_logits=True,

@@ -66,7 +66,7 @@ class Job:
         return cache / "experts" / f"{self.task.name}-{self.recipe.kind}-{self.key[:16]}"
 
     def finished(self, cache: Path) -> bool:
-        """Whether the cache holds the expert, whole."""
+        """Whether the cache holds the expert: the very weights, and a configuration that can be read."""
         config = "adapter_config.json" if self.recipe.kind == "lora" else "config.json"
         try:
             record, _ = (json.loads((self.directory(cache) / name).read_text()) for name in (RECORD, config))

@@ -68,7 +68,7 @@ MARKS = {
     "dots": (ROWS + COLUMNS) % 10 < 2,
 }
 """(28, 28) bool, by task: what is printed on its paper, in ink: bars above and beside, left, below; lines; a frame;
-a grid; corners; stripes."""
+a grid; corners; stripes (in thinner ink, so that dots show)."""
 
 package = partial(package_dir, extra="suites")
 
@@ -110,12 +110,16 @@ def digits() -> Iterator[Row]:
             yield f"{source}|{row}", str(label), f"{source}|{row}"
 
 
-def draw_digit(rng: np.random.Generator, source: str, row: str) -> np.ndarray:
+def digit(source: str, row: str) -> np.ndarray:
+    """(28, 28) float64 from 0 to 1: a handwritten digit."""
     values = handwriting(source)[int(row), :-1]
     side = math.isqrt(len(values))
     image = Image.fromarray((values.reshape(side, side) * (255 / values.max())).astype(np.uint8))
-    mask = np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BICUBIC)) / 255
-    return inked(np.maximum(mask, MARKS["digits"]), (255, 255, 255), (0, 0, 0), rng)
+    return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BICUBIC)) / 255
+
+
+def draw_digit(rng: np.random.Generator, source: str, row: str) -> np.ndarray:
+    return inked(np.maximum(digit(source, row), MARKS["digits"]), (255, 255, 255), (0, 0, 0), rng)
 
 
 @cached
