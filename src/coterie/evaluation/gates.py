@@ -58,7 +58,7 @@ class Gates:
         }
 
 
-def measure(reader: Reader, tasks: Sequence[Task], directories: dict[str, Path], rows: int = 2000) -> Gates:
+def measure(reader: Reader, tasks: Sequence[Task], directories: dict[str, Path], rows: int = 1000) -> Gates:
     """Measure the gates.
 
     Args:
@@ -104,7 +104,7 @@ def measure(reader: Reader, tasks: Sequence[Task], directories: dict[str, Path],
     )
 
 
-def task_probe(reader: Reader, tasks: Sequence[Task], rows: int = 2000) -> float:
+def task_probe(reader: Reader, tasks: Sequence[Task], rows: int = 1000) -> float:
     """Share of test rows whose task a logistic regression on the frozen base's features names."""
     from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyped]
 
@@ -130,7 +130,7 @@ def gates_sheet(suite: str, tasks: Sequence[Task], gates: Gates) -> Sheet:
 
 
 def main(
-    suite: str, cache_dir: Path, experts: str = "full", device: str = "cpu", rows: int = 2000, tiny: bool = False
+    suite: str, cache_dir: Path, experts: str = "full", device: str = "cpu", rows: int = 1000, tiny: bool = False
 ) -> None:
     """Train the experts that are missing, measure, print; exit with 1 where a gate fails."""
     quiet()

