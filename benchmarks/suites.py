@@ -19,16 +19,22 @@ import torch
 from rich.console import Console
 
 from coterie.evaluation import gates
+from coterie.evaluation.cells import Cells
 from coterie.evaluation.compare import compare, expert_sets, find_suite
+from coterie.evaluation.comparer import Comparer
 from coterie.evaluation.tables import plain
 from coterie.evaluation.train import quiet
 from coterie.options import cache_directory
 from routers import RESULTS, compact
+from sweeps import account
 from timing import machine, versions
 
 HEADLINE = ("average", "task_arithmetic", "ties", "tsv_m", "smile")
 SPECTRAL = ("iso_c", "svc", "subspace_boosting")
 OF_ADAPTERS = ("core_space", "knots")
+ROUTERS = ("smile", "average_activation", "nearest_example", "retriever")
+POOLED = [{"pool": "sequence", "gate_rank": gate_rank} for gate_rank in (4, 16, 32)]
+"""SMILE with one decision for an example in each layer, as the routers that read the data may choose."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,8 @@ class Part:
         suite: its name, or a group's.
         experts: full or lora (all from one seed).
         methods: mixtures and merges.
+        routers: SMILE pooled, and those that read the experts' data: on the first set, the task not known, at what is
+            best on validation rows.
         seeds: sets of experts.
         rows, validation_rows: of each task, at most.
         gated: whether it has gates to pass: what only a known task can solve has not.
@@ -47,6 +55,7 @@ class Part:
     suite: str
     experts: str
     methods: tuple[str, ...] = HEADLINE
+    routers: tuple[str, ...] = ROUTERS
     seeds: int = 1
     rows: int = 2000
     validation_rows: int = 200
@@ -54,32 +63,35 @@ class Part:
 
 
 PARTS = {
-    "text8-full": Part("text8", "full", (*HEADLINE, *SPECTRAL), seeds=3),
+    "text8-full": Part("text8", "full", (*HEADLINE, *SPECTRAL), (*ROUTERS, "phatgoose"), seeds=3),
     "text8-lora": Part("text8", "lora", (*HEADLINE, *OF_ADAPTERS)),
-    "vision8-full": Part("vision8", "full"),
-    "vision8-lora": Part("vision8", "lora"),
-    "lm4-full": Part("lm4", "full", rows=300, validation_rows=50),
-    "stress-full": Part("text8:stress", "full", rows=1000),
-    "control-full": Part("text8:control", "full", rows=1000, gated=False),
+    "vision8-full": Part("vision8", "full", routers=(*ROUTERS, "phatgoose")),
+    "vision8-lora": Part("vision8", "lora", routers=(*ROUTERS, "phatgoose")),
+    "lm4-full": Part("lm4", "full", routers=ROUTERS[1:], rows=300, validation_rows=50),
+    "stress-full": Part("text8:stress", "full"),
+    "control-full": Part("text8:control", "full", gated=False),
 }
 
 
 def measured(name: str, part: Part, cache: Path) -> dict[str, Any]:
-    """The gates of a part's first set of experts, and what `coterie compare` finds on all sets."""
+    """The gates of a part's first set of experts, what `coterie compare` finds on all sets, and the routers' worth."""
     found: dict[str, Any] = {"part": asdict(part), "machine": machine()}
     found["versions"] = versions("torch", "transformers", "peft")
     suite, console = find_suite(part.suite), Console(stderr=True)
+    tasks = suite.tasks(test=suite.test_rows)
+    reader = suite.reader(suite.base(cache, "cpu", False), "cpu")
+    (experts,) = expert_sets(suite, tasks, reader, part.experts, 1, False, cache, "cpu", console)
     if part.gated:
-        tasks = suite.tasks(test=suite.test_rows)
-        reader = suite.reader(suite.base(cache, "cpu", False), "cpu")
-        (experts,) = expert_sets(suite, tasks, reader, part.experts, 1, False, cache, "cpu", console)
         passed = gates.measure(reader, tasks, experts, part.rows)
         found["gates"] = plain({**asdict(passed), "verdicts": passed.verdicts()})
     results = compare(
         suite, part.methods, Path("build") / "suites" / name, experts=part.experts, seeds=part.seeds, rows=part.rows,
         validation_rows=part.validation_rows, cache=cache,
     )  # fmt: skip
-    return found | {"comparisons": results["comparisons"], "summary": results["summary"]}
+    comparer = Comparer(reader, tasks, Cells(cache / "cells"), part.rows, part.validation_rows)
+    routed = comparer.compare(part.experts, experts, part.routers, {"smile": POOLED}, whole=False)
+    routers = {name: account(routed, name) for name in part.routers}
+    return found | {"comparisons": results["comparisons"], "summary": results["summary"], "routers": routers}
 
 
 def main() -> None:

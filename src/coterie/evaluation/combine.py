@@ -21,10 +21,11 @@ import coterie
 
 from .. import library, methods
 from ..errors import CoterieError
-from ..library.encoder import account, embeddings, minilm
+from ..library.encoder import Encoder, account, embeddings, minilm
 from ..merging import registry as merges
 from ..merging.statistics import Statistics, fisher, gram
 from ..registration import Registered
+from ..sources.locate import locate
 from ..sources.statistics import write as write_vectors
 from .extract import expert_state
 from .ladder import State, load
@@ -32,8 +33,13 @@ from .reader import TEXTS, Reader
 from .suite import Task, digest, fingerprint
 
 SCALES = (0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
+BY_VECTORS: list[dict[str, Any]] = [{}, {"top_k": 1}, {"top_k": 1, "pool": "sequence"}]
 GRIDS: dict[str, list[dict[str, Any]]] = {
     "smile": [{"rank": rank, "gate_rank": gate} for rank, gate in product((16, 32, 64), (4, 16, 32)) if gate <= rank],
+    "average_activation": BY_VECTORS,
+    "phatgoose": BY_VECTORS,
+    "retriever": [{}, {"combine": "selection"}],
+    "task_embedding": [{}, {"top_k": 1}],
 }
 """Parameters to choose from on validation rows, by method. One without an entry chooses its `scale` from SCALES, if it
 has one."""
@@ -43,6 +49,9 @@ STATISTICS_ROWS = 256
 
 EXAMPLES = 32
 """Training rows of each task whose text is embedded, for retrieval."""
+
+FULL_RANK = 32
+"""Rank of a full fine-tune's linear layers where a method would keep an adapter's own."""
 
 GATE_ROWS, GATE_BATCH = 3200, 32
 """Training rows of each task that PHATGOOSE's gates learn from, and those of a step."""
@@ -113,21 +122,26 @@ class Experts:
         """A model with these tensors."""
         return load(self.reader.base_model(), state)
 
+    @cached_property
+    def encoder(self) -> Encoder:
+        """By which routers that retrieve know inputs."""
+        return getattr(self.reader, "encoder", None) or minilm()
+
     def statistics(self, name: str, kind: str, folder: Path) -> Path:
         """A file of what a merge or a router needs to know of an expert, from rows that it was trained on.
 
         Args:
             name: of the expert.
-            kind: "gram" or "fisher", of a merge; "task" or "examples", embeddings by MiniLM, "gate" or "activation".
+            kind: "gram" or "fisher", of a merge; "task" or "examples", embeddings, "gate" or "activation".
             folder: where the file is, or is made.
 
         Raises:
-            CoterieError: the task has no training rows; gates or activations of an expert that is no adapter.
+            CoterieError: the task has no training rows.
         """
         data = [self.tasks[name].key, fingerprint(self.reader.base), self.reader.settings, meaning(Path(__file__))]
         data.append(meaning(Path(inspect.getfile(type(self.reader)))))
         if kind in ("task", "examples"):
-            data.append(account(minilm(), []))
+            data.append(account(self.encoder, []))
         file = folder / f"{digest(self.keys[name], kind, *data)[:16]}.safetensors"
         if file.exists():
             return file
@@ -137,11 +151,11 @@ class Experts:
             )
         folder.mkdir(parents=True, exist_ok=True)
         if kind in ("task", "examples"):
-            texts = list(self.tasks[name].train.head(EXAMPLES).inputs)
-            if not all(isinstance(text, str) for text in texts):
+            rows = list(self.tasks[name].train.head(EXAMPLES).inputs)
+            if not hasattr(self.reader, "encoder") and not all(isinstance(row, str) for row in rows):
                 raise CoterieError("its inputs are no texts, by which the method retrieves", f"task {name!r}", TEXTS)
-            found = {"embedding": embeddings(minilm(), kind, texts)}
-            write_vectors(file, found, {"kind": kind, **account(minilm(), texts)})
+            found = {"embedding": embeddings(self.encoder, kind, rows)}
+            write_vectors(file, found, {"kind": kind, "encoder": account(self.encoder, [])["encoder"]})
         elif kind in ("gate", "activation"):
             write_vectors(file, self._vectors(name, kind), {"kind": kind})
         else:
@@ -158,11 +172,14 @@ class Experts:
         return fisher(model, batches, logits=partial(self.reader.logits, task))
 
     def _vectors(self, name: str, kind: str) -> dict[str, Tensor]:
-        """Of the expert in a library of its own: trained, or gathered, there."""
-        task, reader = self.tasks[name], self.reader
+        """Of the expert in a library of its own: trained, or gathered, there. A full fine-tune's adapter is there."""
+        task, reader, expert = self.tasks[name], self.reader, self.directories[name]
         with tempfile.TemporaryDirectory() as folder:
             alone = library.create(Path(folder) / "library", reader.base)
-            alone.add(name, self.directories[name], base=reader.base)
+            if not locate(str(expert)).is_adapter:
+                coterie.extract(reader.base, expert, Path(folder) / "adapter", rank=FULL_RANK)
+                expert = Path(folder) / "adapter"
+            alone.add(name, expert, base=reader.base)
             if kind == "gate":
                 starts = range(0, min(len(task.train), GATE_ROWS), GATE_BATCH)
                 batches = [task.train.take(np.arange(i, min(i + GATE_BATCH, len(task.train)))) for i in starts]
@@ -207,13 +224,14 @@ def find(name: str) -> Registered:
     return methods.get(name) if is_mixture(name) else merges.get(name)
 
 
-def ways(name: str, experts: int, grid: list[dict[str, Any]] | None = None) -> list[Way]:
+def ways(name: str, experts: int, grid: list[dict[str, Any]] | None = None, adapters: bool = True) -> list[Way]:
     """The method with its defaults, then with each other parameters to choose from.
 
     Args:
         name: of the method.
         experts: how many there are; as many answer at most.
         grid: the parameters to choose from; default: as `GRIDS` has them.
+        adapters: whether the experts are; of full fine-tunes, whose rank is full, `FULL_RANK` is kept by default.
     """
     method = find(name)
     if grid is None:
@@ -221,6 +239,8 @@ def ways(name: str, experts: int, grid: list[dict[str, Any]] | None = None) -> l
     others, defaults = "base" if is_mixture(name) else None, dict(method.defaults)
     if "top_k" in defaults:
         defaults["top_k"] = min(defaults["top_k"], experts)
+    if defaults.get("rank") == "full" and not adapters:
+        defaults["rank"] = FULL_RANK
     found: list[Way] = []
     for parameters in ({}, *grid):
         way = Way(name, {**defaults, **parameters}, others)
@@ -301,7 +321,7 @@ def source_key(method: str) -> str:
         engine = [path for room in ROOMS for path in sorted((root / room).rglob("*.py"))]
         if methods.get(method).assemble(**methods.get(method).defaults).statistics is not None:
             engine += [*sorted((root / "library").rglob("*.py")), root / "training" / "wrap.py"]
-            data = [STATISTICS_ROWS, EXAMPLES, GATE_ROWS, GATE_BATCH]
+            data = [STATISTICS_ROWS, EXAMPLES, FULL_RANK, GATE_ROWS, GATE_BATCH]
     else:
         engine = sorted(
             {f for name in ("steps", "inputs") for f in _with_imports(root / "merging" / f"{name}.py", set())}

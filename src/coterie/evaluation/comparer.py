@@ -211,7 +211,7 @@ class Comparer:
         whole: bool,
         result: Callable[..., Result],
     ) -> _Found:
-        default, *tried = ways(name, len(experts.directories), grid)
+        default, *tried = ways(name, len(experts.directories), grid, experts.rank() is not None)
         if whole or not tried:
             tried = [default, *tried]
         chosen = (
@@ -260,8 +260,12 @@ class Comparer:
 
     def _validation(self, way: Way, experts: Experts, expert: Scores) -> float:
         self.say(f"{way.method} {tables.parameters(way.parameters)}, validation")
-        with self._ready(way, experts) as (make, _):
-            scores = self._of_way(way, experts, make, "validation", way.needs_task)
+        try:
+            with self._ready(way, experts) as (make, _):
+                scores = self._of_way(way, experts, make, "validation", way.needs_task)
+        except CoterieError as error:  # a causal model, say, and a decision that would read what is to come
+            self.cells.warn(f"{way.method} {tables.parameters(way.parameters)} is not tried: {error}")
+            return -np.inf
         value = normalised(scores, expert, self.metrics)
         return value if np.isfinite(value) else -np.inf
 
@@ -396,7 +400,8 @@ def routed_share(reader: Reader, model: nn.Module, expert: int, split: Split) ->
     total = dict(hits)
     for rows, batch in reader.batches(split.inputs):
         mask = batch["attention_mask"].bool() if "attention_mask" in batch else None
-        with told(model, (split.inputs[row] for row in rows)), coterie.routing_trace(model) as trace:
+        known = told(model, (split.inputs[row] for row in rows), getattr(reader, "encoder", None))
+        with known, coterie.routing_trace(model) as trace:
             model(**batch)
         for gates in trace.values():
             chosen = gates.argmax(-1)

@@ -9,7 +9,7 @@ arXiv:2103.00020, section 3.1; a locked text tower: Zhai et al. 2022, arXiv:2111
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -88,13 +88,17 @@ class ImageReader:
         """(N, D) float32 unit-length embeddings of the images."""
         parts = []
         for rows, batch in self.batches(inputs):
-            with told(model, (inputs[row] for row in rows)):
+            with told(model, (inputs[row] for row in rows), self.encoder):
                 parts.append(embed(model, batch).float().cpu().numpy())
         return np.concatenate(parts)
 
     def features(self, inputs: Inputs) -> np.ndarray:
         """(N, D) float32 unit-length embeddings by the base."""
         return self.embeddings(self.model, inputs)
+
+    def encoder(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        """(n, D) float32, by what routers that retrieve know images: the base's own features."""
+        return self.features(np.stack(images))
 
     def scores(self, model: nn.Module, task: Task, split: Split) -> np.ndarray:
         """(N,) float64: whether the nearest anchor is the row's class."""

@@ -14,6 +14,7 @@ from ..errors import CoterieError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from ..library.encoder import Encoder
     from .suite import Inputs, Split, Task
 
 
@@ -35,7 +36,8 @@ class Reader(Protocol):
         settings: everything else that a loss or a score depends on, as JSON values (a scale, the most tokens of an
             input, the fingerprint of a second model): a part of the key of every expert and of every finished cell.
 
-    One that answers tasks by their experts' heads has `experts`, task -> directory, too: a part of the cells' keys.
+    One that answers tasks by their experts' heads has `experts`, task -> directory, too: a part of the cells' keys. One
+    whose inputs are no texts may have `encoder`, by which routers that retrieve know them: inputs -> (n, D).
     """
 
     base: Path
@@ -70,16 +72,16 @@ class Reader(Protocol):
         """(N, D) float32: the frozen base's features of the inputs, from which the gates' probe names the task."""
 
 
-def told(model: Any, inputs: Iterable[Any]) -> AbstractContextManager[None]:
-    """In this block the model knows the texts of its batch, if it is a mixture that retrieves experts by them.
+def told(model: Any, inputs: Iterable[Any], encoder: Encoder | None = None) -> AbstractContextManager[None]:
+    """In this block the model knows the inputs of its batch, if it is a mixture that retrieves experts by them.
 
     Args:
         model: any; where `route` or `retrieve` has said who answers, that holds.
         inputs: the rows of the batch, in order.
+        encoder: of the inputs; None: they are texts, and it is MiniLM.
 
     Raises:
-        CoterieError: it retrieves, and the rows are no texts; or its experts were embedded by another encoder than
-            MiniLM.
+        CoterieError: it retrieves, and the rows are no texts; or its experts were embedded by another encoder.
     """
     handle = getattr(model, "coterie", None)
     if handle is None or handle.spec.routing.score != "retrieval" or handle.routed:
@@ -87,9 +89,9 @@ def told(model: Any, inputs: Iterable[Any]) -> AbstractContextManager[None]:
     rows = list(inputs)
     if not rows:
         return nullcontext()
-    if not all(isinstance(row, str) for row in rows):
+    if encoder is None and not all(isinstance(row, str) for row in rows):
         raise CoterieError(
             f"it retrieves by texts, and the inputs are {type(rows[0]).__name__}", handle.spec.method, TEXTS
         )
-    standing: AbstractContextManager[None] = handle.retrieve(rows)
+    standing: AbstractContextManager[None] = handle.retrieve(rows, encoder)
     return standing
