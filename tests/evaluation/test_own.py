@@ -1,5 +1,6 @@
 """A suite of the user's own: files, columns, heads, metrics; and every way in which its YAML can be wrong."""
 
+import io
 import json
 import re
 import warnings
@@ -11,11 +12,12 @@ import pytest
 import torch
 import transformers as tf
 import yaml
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from small import classifiers, texts, tokenizer
 from typer.testing import CliRunner
 
-from zoo import base_model, make_adapter, save
+from zoo import base_model, fine_tune, make_adapter, save
 
 pytest.importorskip("datasets")
 
@@ -436,3 +438,26 @@ def test_inspect_routes_a_suite(world: dict[str, Any], tmp_path: Path) -> None:
     refused = CliRunner().invoke(app, [*given, "--suite", "vision8"])  # at once: no base is trained for it
     assert "vision8 is read by vit models, and this is a bert" in str(refused.exception)
     assert [path.name.startswith("vit-tiny") for path in (tmp_path / "bases").iterdir()] == [True]
+
+
+def test_settings_that_a_model_cannot_run_are_not_chosen(tmp_path: Path) -> None:
+    """A decision by a whole example would see what a language model is to write: the others are compared."""
+    base = language_model(tmp_path / "base")
+    experts = {name: save(fine_tune(base_model("llama"), seed), tmp_path / name) for seed, name in enumerate("xy")}
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in ("a b c", "d e f g", "h i", "a h w1"))
+    (tmp_path / "t.jsonl").write_text(rows)
+    splits = dict.fromkeys(("train", "validation", "test"), str(tmp_path / "t.jsonl"))
+    tasks = {name: {**splits, "input": "text", "metric": "perplexity"} for name in experts}
+    suite = {"base": str(base), "reader": "causal", "experts": {n: str(p) for n, p in experts.items()}, "tasks": tasks}
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(suite))
+    text = io.StringIO()
+    found = compare(
+        tmp_path / "s.yaml",
+        "average_activation",
+        tmp_path / "out",
+        cache=tmp_path,
+        console=Console(file=text, width=400),
+    )
+    ways = [each for each in found["comparisons"][0]["results"] if each["method"] == "average_activation"]
+    assert len(ways) > 2 and all(each["skill"] and each["parameters"]["pool"] == "token" for each in ways)
+    assert "pool sequence is not tried" in text.getvalue()

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import combinations, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ pytest.importorskip("phonenumbers", reason="pip install coterie[suites]")
 
 import coterie
 from coterie.errors import CoterieError
-from coterie.evaluation import checkpoint
+from coterie.evaluation import checkpoint, combine, comparer
 from coterie.evaluation.suite import Row, Split, Task, TaskSource, package_dir
 from coterie.evaluation.suites import find, lm4, text8, text20, vision8
 from coterie.evaluation.suites.pretrain import pretrained
@@ -172,6 +173,40 @@ def test_image_reader(tmp_path: Path) -> None:
     assert np.array_equal(reader.scores(reader.model, task, test), logits.argmax(1) == test.targets)
     wanted = np.mean([np.log(np.exp(row).sum()) - row[t] for row, t in zip(logits, test.targets, strict=True)])
     assert reader.loss(reader.model, task, test).item() == pytest.approx(wanted, rel=1e-4)
+
+
+def test_images_are_retrieved_by(tmp_path: Path) -> None:
+    """A mixture of full fine-tunes answers by the expert whose training image is nearest in the base's features."""
+    reader = vision8.reader(vision8.base(tmp_path, tiny=True))
+    tasks, experts = [], {}
+    for source, draw in vision8.SOURCES[-2:]:
+        task = source.load(8, 4, 20)
+        task = replace(task, **{split: vision8.drawn(getattr(task, split), draw) for split in ("train", "test")})
+        tasks.append(task)
+        tuned = reader.base_model()
+        with torch.no_grad():
+            for parameter in tuned.parameters():
+                parameter.add_(torch.randn(parameter.shape) * 0.05)
+        tuned.save_pretrained(tmp_path / task.name)
+        experts[task.name] = tmp_path / task.name
+    way = combine.ways("nearest_example", 2, adapters=False)[0]
+    assert way.parameters["rank"] == combine.FULL_RANK
+    given = combine.Experts(reader, experts, {task.name: task for task in tasks})
+    examples = [reader.features(task.train.inputs).astype(float) for task in tasks]
+    mixed = Split(
+        np.stack([task.test.inputs for task in tasks], 1).reshape(-1, 28, 28, 3), np.zeros(40, dtype=np.int64)
+    )
+    images = reader.features(mixed.inputs).astype(float)
+    nearest = np.argmax([(images @ each.T).max(1) for each in examples], 0)
+    assert 10 < nearest.sum() < 30
+    with combine.combined(way, given, tmp_path / "models") as make:
+        mixture: Any = make()[0]
+        found = reader.embeddings(mixture, mixed.inputs)
+        for number, task in enumerate(tasks):
+            assert comparer.routed_share(reader, mixture, number, mixed) == pytest.approx((nearest == number).mean())
+            with torch.no_grad(), mixture.coterie.route(task.name):
+                alone = reader.embeddings(mixture, mixed.inputs)
+            assert np.array_equal(np.isclose(found, alone, atol=1e-5).all(1), nearest == number)
 
 
 @pytest.fixture(scope="module")

@@ -172,14 +172,11 @@ class Experts:
         return fisher(model, batches, logits=partial(self.reader.logits, task))
 
     def _vectors(self, name: str, kind: str) -> dict[str, Tensor]:
-        """Of the expert in a library of its own: trained, or gathered, there. A full fine-tune's adapter is there."""
+        """Of the expert in a library of its own: trained, or gathered, there; of a full fine-tune, its adapter's."""
         task, reader, expert = self.tasks[name], self.reader, self.directories[name]
         with tempfile.TemporaryDirectory() as folder:
             alone = library.create(Path(folder) / "library", reader.base)
-            if not locate(str(expert)).is_adapter:
-                coterie.extract(reader.base, expert, Path(folder) / "adapter", rank=FULL_RANK)
-                expert = Path(folder) / "adapter"
-            alone.add(name, expert, base=reader.base)
+            alone.add(name, expert, base=reader.base, rank=None if locate(str(expert)).is_adapter else FULL_RANK)
             if kind == "gate":
                 starts = range(0, min(len(task.train), GATE_ROWS), GATE_BATCH)
                 batches = [task.train.take(np.arange(i, min(i + GATE_BATCH, len(task.train)))) for i in starts]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -14,7 +14,6 @@ from ..errors import CoterieError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from ..library.encoder import Encoder
     from .suite import Inputs, Split, Task
 
 
@@ -72,7 +71,9 @@ class Reader(Protocol):
         """(N, D) float32: the frozen base's features of the inputs, from which the gates' probe names the task."""
 
 
-def told(model: Any, inputs: Iterable[Any], encoder: Encoder | None = None) -> AbstractContextManager[None]:
+def told(
+    model: Any, inputs: Iterable[Any], encoder: Callable[[Sequence[Any]], Any] | None = None
+) -> AbstractContextManager[None]:
     """In this block the model knows the inputs of its batch, if it is a mixture that retrieves experts by them.
 
     Args:
