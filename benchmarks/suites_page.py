@@ -1,6 +1,7 @@
 """Renders docs/suites.md from what suites.py wrote to benchmarks/results/suites.json.
 
-What stands between `<!-- gates -->` or `<!-- parts -->` and `<!-- end -->` is replaced.
+What stands there between `<!-- gates -->` or `<!-- parts -->`, and in docs/choosing.md between `<!-- suites -->`, and
+`<!-- end -->` is replaced.
 
     python benchmarks/suites_page.py
 """
@@ -14,7 +15,8 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-from coterie.evaluation.tables import percent
+from coterie.evaluation.combine import EXAMPLES, GATE_ROWS, STATISTICS_ROWS
+from coterie.evaluation.tables import parameters, percent
 from coterie.evaluation.tables import shown as answered
 from page import ROOT, filled, shown, table
 from pictures import _save
@@ -34,6 +36,14 @@ PUBLISHED: dict[str, dict[str, float]] = {
         "base": 75.7, "average": 78.9, "task_arithmetic": 78.9, "ties": 79.9, "smile": 85.5, "expert of the task": 86.4,
     },
 }  # fmt: skip
+ASKS = {
+    "smile": ("SMILE, pooled by example", "nothing"),
+    "average_activation": ("average activation", f"{STATISTICS_ROWS} inputs of each task"),
+    "nearest_example": ("nearest example", f"{EXAMPLES} inputs of each task"),
+    "retriever": ("retriever", f"{EXAMPLES} inputs of each task"),
+    "phatgoose": ("PHATGOOSE", f"{GATE_ROWS:,} labelled rows of each task, 100 steps"),
+}
+"""What a router is called here, and what it asks for beside the experts."""
 KINDS = {"full": "full fine-tunes", "lora": "LoRA adapters, all from one seed"}
 
 
@@ -123,6 +133,34 @@ def ladder(found: Result) -> str:
     return table(head, rows)
 
 
+def overview(result: Result) -> str:
+    """Recovered gap of every part, by merges and by routers, each at its best on validation rows."""
+    merges = {"average": "average", "task_arithmetic": "task arithmetic", "ties": "TIES", "tsv_m": "TSV-M"}
+    rows = []
+    for name, found in result.items():
+        first, best = found["comparisons"][0], chosen(found)
+        told = next(each for each in first["results"] if each["method"] == "smile" and each["task"] == "known")
+        gaps = [best[method]["recovered_gap"]["mean"] if method in best else None for method in (*merges, "smile")]
+        gaps += [found["routers"][m]["recovered_gap"]["value"] if m in found["routers"] else None for m in ASKS]
+        gaps += [told["recovered_gap"]["value"]]
+        rows.append([name, *("–" if gap is None else percent(gap) for gap in gaps)])
+    names = [title for title, _ in ASKS.values()]
+    return table(["part", *merges.values(), "SMILE, by token", *names, "any of them, told the task"], rows)
+
+
+def routers(found: Result) -> str:
+    """What routers keep that read the experts' data, on the first set of experts."""
+    rows = []
+    for method, each in found["routers"].items():
+        given = {n: v for n, v in each["parameters"].items() if n in ("top_k", "pool", "combine", "gate_rank")}
+        rows.append(
+            [*ASKS[method], parameters(given), interval(each["normalised"]), interval(each["recovered_gap"]),
+             percent(each["routing"])]
+        )  # fmt: skip
+    head = ["router", "asks for", "at", "normalised, %", "recovered gap, %", "token-layers to the task's expert, %"]
+    return table(head, rows)
+
+
 def part(name: str, found: Result) -> str:
     given = found["part"]
     seeds = f"{given['seeds']} sets of experts, mean ± standard deviation over sets" if given["seeds"] > 1 else (
@@ -139,6 +177,8 @@ def part(name: str, found: Result) -> str:
         f" (the experts' gate subspaces overlap by {overlap[0]:.3f}; by chance {overlap[1]:.3f}):" if overlap else ":"
     )
     parts = [text, table(head, rows_of(found)), about, ladder(found)]
+    parts += ["Routers on the first set of experts, the task not known, at what is best on validation rows:"]
+    parts += [routers(found)]
     if (given["suite"], given["experts"]) == ("text8", "full"):
         parts += ["Beside what is published of other models and tasks:", beside_published(found)]
     return "\n\n".join(parts)
@@ -181,6 +221,8 @@ def render(results: Path, page: Path) -> None:
     picture(result, folder / "methods.svg")
     parts = "\n\n".join(f"## {name}\n\n{part(name, each)}" for name, each in result.items())
     page.write_text(filled(filled(page.read_text(), "gates", gates(result)), "parts", parts))
+    choosing = page.with_name("choosing.md")
+    choosing.write_text(filled(choosing.read_text(), "suites", overview(result)))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,9 @@ def test_gates_and_methods_reach_the_page(tmp_path: Path, monkeypatch: pytest.Mo
     suite = small.encoder_suite(tmp_path / "suite")
     tasks = suite.tasks()
     suite = replace(suite, tasks=lambda test: tuple(replace(task, test=task.test.head(test)) for task in tasks))
-    part = suites.Part("small", "full", ("average", "smile"), rows=16, validation_rows=8)
+    part = suites.Part(
+        "small", "full", ("average", "smile"), ("smile", "average_activation"), rows=16, validation_rows=8
+    )
     parts = {"one": part, "three": replace(part, seeds=2), "ungated": replace(part, gated=False)}
     monkeypatch.setattr(suites, "find_suite", lambda name: suite)
     monkeypatch.setattr(suites, "PARTS", parts)
@@ -46,7 +48,13 @@ def test_gates_and_methods_reach_the_page(tmp_path: Path, monkeypatch: pytest.Mo
     page.write_text(
         "above\n" + "".join(f"<!-- {name} -->\nstale\n<!-- end -->\n" for name in ("gates", "parts")) + "last"
     )
+    (tmp_path / "choosing.md").write_text("<!-- suites -->\nstale\n<!-- end -->\n")
     suites_page.render(tmp_path, page)
+    for name, row in zip(parts, (tmp_path / "choosing.md").read_text().splitlines()[4:7], strict=True):
+        cells = row.strip("| ").split(" | ")
+        assert cells[0] == name and cells.count("–") == 6
+        found = result[name]["routers"]["average_activation"]
+        assert cells[7] == f"{100 * found['recovered_gap']['value']:.1f}" and found["parameters"]["rank"] == 32
     text = page.read_text()
     assert "stale" not in text and text.startswith("above") and text.endswith("last")
     assert all(f"## {name}" in text for name in parts)
