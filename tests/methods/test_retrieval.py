@@ -221,3 +221,24 @@ def test_several_encoders_are_refused(made, tmp_path):
     with pytest.raises(CoterieError, match="has no 'description' statistics"):
         library.statistics("task", "description")
     library.embed(routed.encoder, "task", ["same"])
+
+
+def test_what_is_no_text_is_retrieved_by(tmp_path):
+    """Vectors of anything, put into the library under their encoder's name; here lists of numbers."""
+    made, seen = routed.fill(tmp_path, "bert"), {name: [float(n), 1.0] for n, name in enumerate(routed.NAMES)}
+    for name, values in seen.items():
+        made.library.put(name, "examples", {"embedding": torch.tensor([values])}, encoder="numbers")
+    mixture, given = routed.build(made, "nearest_example", tmp_path / "mixture"), routed.batch()
+
+    def numbers(rows):
+        return torch.tensor(rows)
+
+    numbers.name = "numbers"
+    with torch.no_grad(), mixture.coterie.retrieve(list(seen.values()), numbers):
+        found = mixture(**given).logits
+    for row, name in enumerate(routed.NAMES):
+        with torch.no_grad(), mixture.coterie.route(name):
+            alone = mixture(**given).logits
+        assert [torch.allclose(found[i], alone[i], atol=1e-5) for i in range(3)] == [i == row for i in range(3)]
+    with pytest.raises(CoterieError, match="embedded by 'numbers', and the texts would be by 'encoder'"):
+        mixture.coterie.retrieve(TEXTS, routed.encoder)
