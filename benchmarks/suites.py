@@ -2,6 +2,7 @@
 
     python benchmarks/suites.py                       # all; what the cache lacks is trained first: hours
     python benchmarks/suites.py --only vision8-lora   # one part; the others are kept as they are
+    python benchmarks/suites.py --only vision8-lora --routers smile,phatgoose   # of it these routers; all else is kept
 
 Everything finished is kept in the cache: what is stopped goes on. The figures go to benchmarks/results/suites.json, and
 the reports of `coterie compare` to build/suites.
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from coterie.evaluation import gates
 from coterie.evaluation.cells import Cells
 from coterie.evaluation.compare import compare, expert_sets, find_suite
 from coterie.evaluation.comparer import Comparer
+from coterie.evaluation.suite import Suite, Task
 from coterie.evaluation.tables import plain
 from coterie.evaluation.train import quiet
 from coterie.options import cache_directory
@@ -33,8 +35,8 @@ HEADLINE = ("average", "task_arithmetic", "ties", "tsv_m", "smile")
 SPECTRAL = ("iso_c", "svc", "subspace_boosting")
 OF_ADAPTERS = ("core_space", "knots")
 ROUTERS = ("smile", "average_activation", "nearest_example", "retriever")
-POOLED = [{"pool": "sequence", "gate_rank": gate_rank} for gate_rank in (4, 16, 32)]
-"""SMILE with one decision for an example in each layer, as the routers that read the data may choose."""
+POOLED = [{"pool": pool, "gate_rank": gate_rank} for pool in ("sequence", "model") for gate_rank in (4, 16, 32)]
+"""SMILE with one decision for an example, in each layer or by the layers' vote, as the other routers may choose."""
 
 
 @dataclass(frozen=True)
@@ -77,10 +79,7 @@ def measured(name: str, part: Part, cache: Path) -> dict[str, Any]:
     """The gates of a part's first set of experts, what `coterie compare` finds on all sets, and the routers' worth."""
     found: dict[str, Any] = {"part": asdict(part), "machine": machine()}
     found["versions"] = versions("torch", "transformers", "peft")
-    suite, console = find_suite(part.suite), Console(stderr=True)
-    tasks = suite.tasks(test=suite.test_rows)
-    reader = suite.reader(suite.base(cache, "cpu", False), "cpu")
-    (experts,) = expert_sets(suite, tasks, reader, part.experts, 1, False, cache, "cpu", console)
+    suite, tasks, reader, experts = opened(part, cache)
     if part.gated:
         passed = gates.measure(reader, tasks, experts, part.rows)
         found["gates"] = plain({**asdict(passed), "verdicts": passed.verdicts()})
@@ -88,23 +87,44 @@ def measured(name: str, part: Part, cache: Path) -> dict[str, Any]:
         suite, part.methods, Path("build") / "suites" / name, experts=part.experts, seeds=part.seeds, rows=part.rows,
         validation_rows=part.validation_rows, cache=cache,
     )  # fmt: skip
+    return found | {name: results[name] for name in ("comparisons", "summary")} | {"routers": routed(part, cache)}
+
+
+def routed(part: Part, cache: Path) -> dict[str, Any]:
+    """What the routers keep of the first set of experts."""
+    _, tasks, reader, experts = opened(part, cache)
     comparer = Comparer(reader, tasks, Cells(cache / "cells"), part.rows, part.validation_rows)
-    routed = comparer.compare(part.experts, experts, part.routers, {"smile": POOLED}, whole=False)
-    routers = {name: account(routed, name) for name in part.routers}
-    return found | {"comparisons": results["comparisons"], "summary": results["summary"], "routers": routers}
+    found = comparer.compare(part.experts, experts, part.routers, {"smile": POOLED}, whole=False)
+    return {name: account(found, name) for name in part.routers}
+
+
+def opened(part: Part, cache: Path) -> tuple[Suite, tuple[Task, ...], Any, dict[str, Path]]:
+    """A part's suite, tasks, reader and first set of experts, which is trained where the cache lacks it."""
+    suite = find_suite(part.suite)
+    tasks = suite.tasks(test=suite.test_rows)
+    reader = suite.reader(suite.base(cache, "cpu", False), "cpu")
+    (experts,) = expert_sets(suite, tasks, reader, part.experts, 1, False, cache, "cpu", Console(stderr=True))
+    return suite, tasks, reader, experts
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=list(PARTS), help="one part; the others are kept as they are")
+    parser.add_argument("--routers", help="with --only: names, comma-separated; all else is kept as it is")
     parser.add_argument("--cache", type=Path, default=cache_directory())
     parser.add_argument("--out", type=Path, default=RESULTS / "suites.json")
     options = parser.parse_args()
     quiet()
     torch.set_num_threads(1)
     for name in [options.only] if options.only else PARTS:
-        found = measured(name, PARTS[name], options.cache)
+        part = PARTS[name]
+        if options.routers:
+            own = routed(replace(part, routers=tuple(options.routers.split(","))), options.cache)
+        else:
+            found = measured(name, part, options.cache)
         result: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
+        if options.routers:
+            found = {**result[name], "routers": {**result[name].get("routers", {}), **own}}
         options.out.write_text(compact({**result, name: found}) + "\n")
         print(f"{name} written: {options.out}", flush=True)
 

@@ -33,7 +33,7 @@ from .reader import TEXTS, Reader
 from .suite import Task, digest, fingerprint
 
 SCALES = (0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
-BY_VECTORS: list[dict[str, Any]] = [{}, {"top_k": 1}, {"top_k": 1, "pool": "sequence"}]
+BY_VECTORS: list[dict[str, Any]] = [{}, *({"top_k": 1, "pool": pool} for pool in ("token", "sequence", "model"))]
 GRIDS: dict[str, list[dict[str, Any]]] = {
     "smile": [{"rank": rank, "gate_rank": gate} for rank, gate in product((16, 32, 64), (4, 16, 32)) if gate <= rank],
     "average_activation": BY_VECTORS,

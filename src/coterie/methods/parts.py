@@ -30,8 +30,11 @@ AnyPool = Annotated[
     Field(description="what a decision reads and holds for; causal models need token, prompt or segment"),
 ]
 LibraryPool = Annotated[
-    Literal["token", "sequence", "prompt"],
-    Field(description="what a decision reads (the mean of so much) and holds for; causal models: token or prompt"),
+    Literal["token", "sequence", "prompt", "model"],
+    Field(
+        description="what a decision reads (the mean of so much) and holds for; model: all layers follow their vote in "
+        "a pass without experts; causal models: token, prompt or model"
+    ),
 ]
 PromptPool = Annotated[
     Literal["sequence", "prompt"],

@@ -21,6 +21,7 @@ from ..routing.prepass import freeze
 from .context import Context
 from .following import Following, carry
 from .kinds import check_routing, is_causal, is_seq2seq
+from .layer import is_mixture
 from .losses import check_classes, example_losses, reward
 from .pooled import rows_of, signals
 from .tokens import by_example, content_hash, counted, counting, mean_of, unless_all
@@ -47,11 +48,13 @@ class Forward:
         self.causal = is_causal(model)
         check_routing(model, routing)
         self._signal = _signal_layer(model, routing) if routing.score == "signal" else None
+        self._voters = _voters(model) if routing.pool == "model" else {}
         modules = list(model.modules())
         self._annealed = [module for module in modules if isinstance(module, Gumbel)]
         self._tasks = next((module.tasks for module in modules if isinstance(module, (Skills, Task))), None)
         model._replicate_for_data_parallel = _no_data_parallel
-        self._whole_prompts = self.causal and routing.pool in ("prompt", "segment") and hasattr(model, "_prefill")
+        self._by_prompt = self.causal and routing.pool in ("prompt", "segment", "model")
+        self._whole_prompts = self._by_prompt and hasattr(model, "_prefill")
         if self._whole_prompts:
             model._prefill = self._prefill
         self._hooks = [
@@ -126,8 +129,8 @@ class Forward:
         return self.context.weights is not None or self.context.gates is not None
 
     def _decide_before(self, call: Call, inputs: dict[str, Any]) -> None:
-        """A pass without experts, which gives the gates of the pass with them (X-LoRA, LoGo)."""
-        frozen = self.routing.pool == "prompt"
+        """A pass without experts, which gives the gates of the pass with them (X-LoRA, LoGo, votes)."""
+        frozen = self.routing.pool in ("prompt", "model")
         if frozen and call.continues:
             assert call.kept is not None
             call.gates = repeated(call.kept[-3], call.batch)
@@ -149,10 +152,11 @@ class Forward:
             given |= {"past_key_values": cache, "use_cache": cache is not None}
         watched = None if self._signal is None else self._signal.index
         before = replace(call, off=True, training=False, kept=None, watched=watched)
+        before.votes = dict.fromkeys(self._voters) if self._voters else None
         with torch.no_grad(), self.context.during(before):
             hidden = run(**given, return_dict=True)[0]
-        if self._signal is not None:
-            call.gates = self._by_signal(before)
+        if self._signal is not None or self._voters:
+            call.gates = self._by_signal(before) if self._signal is not None else self._by_votes(before)
             if call.kept is not None:
                 call.kept[-3] = call.gates
             return
@@ -176,6 +180,17 @@ class Forward:
             last = x[torch.arange(len(x), device=x.device), torch.where(counted, places, -1).amax(1)]
         scores = signals(layer.bank, last, options["signal"], options["weights"])
         return layer.router.select(scores).gates()[:, None, None]
+
+    def _by_votes(self, before: Call) -> Tensor:
+        """Gates (batch, 1, 1, E): the k experts with the most votes (the first of equals), by shares of theirs."""
+        votes = torch.zeros(before.batch, len(self.model.coterie.expert_names), device=before.device)
+        assert before.votes is not None
+        for number, given in before.votes.items():
+            if given is not None:  # else the pass did not come by this layer
+                votes[:, list(self._voters[number])] += given.to(votes.device)
+        most, best = (each[:, : self.routing.k] for each in votes.sort(dim=-1, descending=True, stable=True))
+        gates = torch.zeros_like(votes).scatter(-1, best, most / most.sum(-1, keepdim=True))
+        return gates[:, None, None]
 
     def _disagreement(self, output: Any, call: Call, labels: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor:
         """Half the symmetric KL divergence from a second pass, with other choices (arXiv:2205.12410, equation 5)."""
@@ -216,7 +231,7 @@ class Forward:
         elif mask is not None:
             mask = mask[:, -tokens:]
             call.valid = unless_all(counted(self.model, inputs, mask))
-        if self.causal and self.routing.pool in ("prompt", "segment") and not self._decided:
+        if self._by_prompt and not self._decided:
             self._prompt(call, inputs, main, prompt_lengths)
         elif self.causal and self.routing.score == "prepass" and not call.training:
             self._continue(call, inputs)
@@ -443,6 +458,14 @@ def _no_data_parallel() -> Any:
         "DataParallel",
         "start a process for each GPU (torchrun, accelerate launch), or show but one (CUDA_VISIBLE_DEVICES)",
     )
+
+
+def _voters(model: nn.Module) -> dict[int, tuple[int, ...]]:
+    """Number -> experts of each mixture layer that votes: those that have the most, so that none is at a loss."""
+    layers: list[Any] = [module for module in model.modules() if is_mixture(module)]
+    found = {layer.index: layer.bank.shape.experts for layer in layers}
+    most = max(map(len, found.values()), default=0)
+    return {number: experts for number, experts in found.items() if len(experts) == most}
 
 
 def _signal_layer(model: nn.Module, routing: Any) -> Any:

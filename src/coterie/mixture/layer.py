@@ -18,7 +18,7 @@ from . import native
 from .context import Context
 from .cost import SHARED, cheapest
 from .paths import Path, alike, grouped, stacked
-from .pooled import add_pooled, merged_layer
+from .pooled import add_pooled, merged_layer, vote
 
 if TYPE_CHECKING:
     from .siblings import Siblings
@@ -83,6 +83,8 @@ class _Mixture(nn.Module):
         call = self.context.call
         if call is not None and call.watched == self.index:
             call.seen = x
+        if call is not None and call.votes is not None and self.index in call.votes:
+            call.votes[self.index] = vote(self, x, call)
         if (call is not None and call.off) or (self.context.weights is not None and not any(self.context.weights)):
             return cast(torch.Tensor, super().forward(x))
         bank, context = self.bank, self.context
@@ -202,7 +204,8 @@ class _Mixture(nn.Module):
             return (1 / self.router.score.experts,) * len(self.bank.shape.experts)
         bank, router = self.bank, self.router
         off = context.call is not None and context.call.off
-        if len(bank.shape.experts) > 1 or bank.whole or off or routing.select == "sigmoid":
+        voted = routing.pool == "model"
+        if len(bank.shape.experts) > 1 or bank.whole or off or voted or routing.select == "sigmoid":
             return None
         # A layer's only expert answers whatever is scored; but who is named may be one that has nothing here.
         return None if router.score.reads == "call" and router.candidates is not None else (1.0,)

@@ -49,7 +49,7 @@ def _add(layer: Any, rows: Tensor, into: Tensor, call: Call) -> Tensor:
     decided = layer.context.weights is not None or layer.context.gates is not None
     if routing.combine == "slots" and not decided:
         return _slots(layer, rows, into, call)
-    if call.gates is not None:
+    if call.gates is not None and router.score.reads == "call":
         gates = _of_tokens(router.score(call, layer.index), rows, call.valid)
         gates = gates if router.candidates is None else gates[..., router.candidates]
         _mix(bank, rows, gates, into)
@@ -87,7 +87,9 @@ def merged_layer(layer: Any, x: Tensor, call: Call | None) -> tuple[Tensor, Tens
     bank, routing = layer.bank, layer.routing
     if flows(layer) or (x.requires_grad and torch.is_grad_enabled()):
         return None
-    if call is None or call.batch != 1 or call.gates is not None or routing.combine == "slots":
+    if call is None or call.batch != 1 or routing.combine == "slots":
+        return None
+    if call.gates is not None and layer.router.score.reads == "call":
         return None
     if not bank.linear or bank.shape.norm or (layer.training and bank.shape.dropout):
         return None
@@ -270,6 +272,9 @@ def _decision(layer: Any, rows: Tensor, call: Call) -> Decision:
         return Decision(len(candidates), *gates.topk(context.active)[::-1])
     if router.score.reads == "call":
         return router.decide(None, None, call, layer.index)
+    if call.gates is not None:  # the layers' votes
+        gates = call.gates[:, 0, 0, list(candidates)]
+        return Decision(len(candidates), *gates.topk(min(router.routing.k, len(candidates)))[::-1])
     if layer.decodes:
         return router.decide(call.encoder, None, call, layer.index)
     if call.continues:
@@ -283,13 +288,26 @@ def _decision(layer: Any, rows: Tensor, call: Call) -> Decision:
     return decision
 
 
+def vote(layer: Any, x: Tensor, call: Call) -> Tensor:
+    """(batch, candidates) float32: 1 for the expert whose scores are largest in the mean of an example's tokens."""
+    rows = rows_of(x.to(layer.bank.dtype), call)
+    scores = layer.router.score(_projected(layer, rows.flatten(0, 1))).view(*rows.shape[:2], -1)
+    prompt = _prompt(rows, call)
+    mean = masked_mean(scores, _valid(layer, rows, call) if prompt is None else prompt)
+    return F.one_hot(mean.argmax(-1), mean.shape[-1]).float()
+
+
 def _read(layer: Any, x: Tensor, valid: Tensor | None, call: Call | None) -> Decision:
     """The router's decision for rows x (n, width); `valid` (n,), the rows that count in losses."""
-    bank, router = layer.bank, layer.router
-    if router.score.reads == "rows":
-        x = F.linear(x, bank.score_rows().to(x.dtype)).unflatten(-1, (bank.experts, -1))
-    decision: Decision = router.decide(x, valid, call, layer.index)
+    decision: Decision = layer.router.decide(_projected(layer, x), valid, call, layer.index)
     return decision
+
+
+def _projected(layer: Any, x: Tensor) -> Tensor:
+    """What the router's score reads of rows x (n, width): these, or the bank's projections (n, E, g)."""
+    if layer.router.score.reads != "rows":
+        return x
+    return F.linear(x, layer.bank.score_rows().to(x.dtype)).unflatten(-1, (layer.bank.experts, -1))
 
 
 def _counted(layer: Any, rows: Tensor, call: Call) -> Tensor | None:

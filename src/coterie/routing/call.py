@@ -45,6 +45,7 @@ class Call:
         off: whether the experts are switched off: this is that pass.
         watched: number of the layer of which that pass keeps what it reads, and
         seen: what it read, (batch, tokens, width).
+        votes: by number, the layers that vote in that pass, and each example's vote, (batch, candidates).
         kept: decisions that outlive the call, by layer, beside the KV cache: gates (batch, E); None without a cache.
             Under ("merged", layer), the experts that they merged; ("dense", layer), a weight and a bias that have such
             an expert in them; -1, `key`; -2, the cache of the pass before; -3, its gates.
@@ -68,6 +69,7 @@ class Call:
     off: bool = False
     watched: int | None = None
     seen: Tensor | None = None
+    votes: dict[int, Tensor | None] | None = None
     kept: dict[Any, Any] | None = None
     continues: bool = False
     losses: dict[str, list[Tensor]] = field(default_factory=dict)

@@ -11,8 +11,9 @@ from .precise import precise
 
 # token: each for itself. sequence: once per example. prompt: once per example, from its prompt alone (MiLoRA,
 # arXiv:2410.18035). segment: a segment follows the one before it (Lory, arXiv:2405.03133), what comes after the prompt
-# follows the prompt. task: nothing of the input enters.
-Pool = Literal["token", "sequence", "prompt", "segment", "task"]
+# follows the prompt. model: once per example (or prompt) for all layers, which vote in a pass without experts. task:
+# nothing of the input enters.
+Pool = Literal["token", "sequence", "prompt", "segment", "model", "task"]
 
 
 @precise

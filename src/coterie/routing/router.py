@@ -134,7 +134,7 @@ class Routing:
     @property
     def decides_before(self) -> bool:
         """Whether a pass of the whole model without experts decides before the call."""
-        return self.score in ("prepass", "signal")
+        return self.score in ("prepass", "signal") or self.pool == "model"
 
     @property
     def by_call(self) -> bool:
