@@ -34,8 +34,9 @@ METHODS: dict[str, dict[str, Any]] = {
 STATISTICS = ("phatgoose", "average_activation", "retriever", "nearest_example", "task_embedding")
 LEARNED = ("cat", "xlora", "xlora_frozen")
 POOLED = [
-    (method, {**METHODS[method], "pool": "prompt"})
+    (method, {**METHODS[method], "pool": pool})
     for method in ("arrow", "arrow_factors", "spectr", "smile", "phatgoose", "average_activation")
+    for pool in ("prompt", "model")
 ]
 COMBINED = [("retriever", {**METHODS["retriever"], "combine": combine}) for combine in ("selection", "fusion")]
 CASES = [*METHODS.items(), *POOLED, *COMBINED]
@@ -72,7 +73,7 @@ def beside(model: Any) -> dict[str, Any]:
     spec, more = model.coterie.spec, dict[str, Any]()
     if spec.method == "oracle":
         more["task_ids"] = TASKS % len(spec.experts)
-    if spec.routing.pool == "prompt":
+    if spec.routing.pool in ("prompt", "model"):
         more["prompt_lengths"] = torch.tensor([3, 3, 2])
     if spec.routing.score == "retrieval":
         more["texts"] = QUERIES

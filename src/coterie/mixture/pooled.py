@@ -274,6 +274,8 @@ def _decision(layer: Any, rows: Tensor, call: Call) -> Decision:
         return router.decide(None, None, call, layer.index)
     if call.gates is not None:  # the layers' votes
         gates = call.gates[:, 0, 0, list(candidates)]
+        if router.routing.combine == "factors":
+            return Decision(len(candidates), None, gates)
         return Decision(len(candidates), *gates.topk(min(router.routing.k, len(candidates)))[::-1])
     if layer.decodes:
         return router.decide(call.encoder, None, call, layer.index)
