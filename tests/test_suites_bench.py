@@ -44,6 +44,17 @@ def test_gates_and_methods_reach_the_page(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(result["three"]["comparisons"]) == 2
     assert {each["method"] for each in result["one"]["summary"]} >= {"base", "average", "smile"}
 
+    for name in ("smile", "average_activation"):
+        result["one"]["routers"][name] = {"stale": True}
+    (tmp_path / "suites.json").write_text(json.dumps(result))
+    monkeypatch.setattr(sys, "argv", [*given, "--only", "one", "--routers", "smile"])
+    suites.main()
+    result = json.loads((tmp_path / "suites.json").read_text())
+    assert result["one"]["routers"].pop("average_activation") == {"stale": True}
+    assert result["one"]["routers"]["smile"]["recovered_gap"] and result["one"]["gates"] and set(result) == set(parts)
+    result["one"]["routers"]["average_activation"] = result["three"]["routers"]["average_activation"]
+    (tmp_path / "suites.json").write_text(json.dumps(result))
+
     page = tmp_path / "suites.md"
     page.write_text(
         "above\n" + "".join(f"<!-- {name} -->\nstale\n<!-- end -->\n" for name in ("gates", "parts")) + "last"
