@@ -21,6 +21,7 @@ from rich.console import Console
 
 from coterie.evaluation import gates
 from coterie.evaluation.cells import Cells
+from coterie.evaluation.combine import BY_TOKEN
 from coterie.evaluation.compare import compare, expert_sets, find_suite
 from coterie.evaluation.comparer import Comparer
 from coterie.evaluation.suite import Suite, Task
@@ -85,7 +86,7 @@ def measured(name: str, part: Part, cache: Path) -> dict[str, Any]:
         found["gates"] = plain({**asdict(passed), "verdicts": passed.verdicts()})
     results = compare(
         suite, part.methods, Path("build") / "suites" / name, experts=part.experts, seeds=part.seeds, rows=part.rows,
-        validation_rows=part.validation_rows, cache=cache,
+        validation_rows=part.validation_rows, cache=cache, grids={"smile": BY_TOKEN},
     )  # fmt: skip
     return found | {name: results[name] for name in ("comparisons", "summary")} | {"routers": routed(part, cache)}
 

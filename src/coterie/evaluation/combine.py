@@ -34,8 +34,11 @@ from .suite import Task, digest, fingerprint
 
 SCALES = (0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
 BY_VECTORS: list[dict[str, Any]] = [{}, *({"top_k": 1, "pool": pool} for pool in ("token", "sequence", "model"))]
+BY_TOKEN: list[dict[str, Any]] = [
+    {"rank": rank, "gate_rank": gate} for rank, gate in product((16, 32, 64), (4, 16, 32)) if gate <= rank
+]
 GRIDS: dict[str, list[dict[str, Any]]] = {
-    "smile": [{"rank": rank, "gate_rank": gate} for rank, gate in product((16, 32, 64), (4, 16, 32)) if gate <= rank],
+    "smile": [*BY_TOKEN, *({"gate_rank": gate, "pool": "model"} for gate in (4, 16, 32))],
     "average_activation": BY_VECTORS,
     "phatgoose": BY_VECTORS,
     "retriever": [{}, {"combine": "selection"}],
