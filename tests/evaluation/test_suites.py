@@ -21,11 +21,12 @@ pytest.importorskip("phonenumbers", reason="pip install coterie[suites]")
 
 import coterie
 from coterie.errors import CoterieError
-from coterie.evaluation import checkpoint, combine, comparer
+from coterie.evaluation import checkpoint, combine, comparer, evaluate
 from coterie.evaluation.suite import Row, Split, Task, TaskSource, package_dir
 from coterie.evaluation.suites import find, lm4, text8, text20, vision8
 from coterie.evaluation.suites.pretrain import pretrained
 from coterie.evaluation.train import Job, train, train_all
+from coterie.report.routing import record
 
 QUICK = ("openings", "airports", "dates", "quantities")
 """Tasks that are made whole here: small ones, whose rows must suffice."""
@@ -175,8 +176,11 @@ def test_image_reader(tmp_path: Path) -> None:
     assert reader.loss(reader.model, task, test).item() == pytest.approx(wanted, rel=1e-4)
 
 
-def test_images_are_retrieved_by(tmp_path: Path) -> None:
-    """A mixture of full fine-tunes answers by the expert whose training image is nearest in the base's features."""
+def test_images_are_retrieved_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mixture of full fine-tunes answers by the expert whose training image is nearest in the base's features.
+
+    Inspection routes the suite's test rows likewise.
+    """
     reader = vision8.reader(vision8.base(tmp_path, tiny=True))
     tasks, experts = [], {}
     for source, draw in vision8.SOURCES[-2:]:
@@ -207,6 +211,12 @@ def test_images_are_retrieved_by(tmp_path: Path) -> None:
             with torch.no_grad(), mixture.coterie.route(task.name):
                 alone = reader.embeddings(mixture, mixed.inputs)
             assert np.array_equal(np.isclose(found, alone, atol=1e-5).all(1), nearest == number)
+        suite = replace(vision8.SUITE, base=lambda *_: reader.base, tasks=lambda **_: tuple(tasks))
+        monkeypatch.setattr(evaluate, "find_suite", lambda name: suite)
+        seen = record(mixture, evaluate.routed_tasks("vision8", "vit", list(experts), 20, tmp_path))
+        assert [task.expert for task in seen.tasks] == [0, 1]
+        shares = [[(nearest[task::2] == number).mean() for number in range(2)] for task in range(2)]
+        assert np.allclose(seen.mass, shares)
 
 
 @pytest.fixture(scope="module")

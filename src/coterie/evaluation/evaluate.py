@@ -122,9 +122,10 @@ def routed_tasks(
 
 
 def _with_texts(reader: Reader, inputs: Inputs) -> Iterator[dict[str, Any]]:
-    """Batches, with what their rows are read from."""
+    """Batches, with what their rows are read from, and the encoder of what is no text."""
+    encoder = getattr(reader, "encoder", None)
     for rows, batch in reader.batches(inputs):
-        yield {**batch, "texts": [inputs[row] for row in rows]}
+        yield {**batch, "texts": [inputs[row] for row in rows], "encoder": encoder}
 
 
 def open_model(reader: Reader, location: Location, tasks: Sequence[Task]) -> tuple[Reader, Any]:

@@ -211,9 +211,9 @@ def record(
     Args:
         model: a mixture; its own device and dtype are used.
         tasks: (name, the expert made for it or None, batches). A batch holds what the model is called with: tensors
-            that begin with the rows; and perhaps their `texts`, for a mixture that retrieves experts by them. Tokens
-            that its `attention_mask` (batch, tokens) hides do not count in layers that see exactly these tokens,
-            `decoder_attention_mask` likewise.
+            that begin with the rows; and perhaps their `texts`, for a mixture that retrieves experts by them, or what
+            else the rows are read from and its `encoder` (see `told`). Tokens that its `attention_mask` (batch, tokens)
+            hides do not count in layers that see exactly these tokens, `decoder_attention_mask` likewise.
         examples: how many rows of each task are kept token by token, where batches hold `input_ids`.
         tell: is told what is being done.
 
@@ -234,9 +234,9 @@ def record(
         tally = _Tally(layers, candidates, None if expert is None else names.index(expert), examples)
         for batch in batches:
             tell(f"{task}: {tally.rows} rows")
-            texts = batch.get("texts", ())
-            batch = {key: value.to(model.device) for key, value in batch.items() if key != "texts"}
-            with told(model, texts), routing_trace(model, scores=True) as trace:
+            known = told(model, batch.get("texts", ()), batch.get("encoder"))
+            batch = {key: value.to(model.device) for key, value in batch.items() if key not in ("texts", "encoder")}
+            with known, routing_trace(model, scores=True) as trace:
                 model(**batch)
             tally.add(batch, trace, pairs)
         if not tally.rows:
