@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import coterie
@@ -16,7 +16,11 @@ from browser import Browser
 from builds import write_sources
 from coterie.cli import main
 from coterie.errors import CoterieError
+from coterie.report.charts import Layers
 from coterie.report.look import look_inside
+from coterie.report.page import _texts
+from coterie.report.routing import Example, RoutingRecord, TaskRouting
+from coterie.report.subspaces import LayerSpaces
 from coterie.report.texts import ROWS, read_texts
 from zoo import VOCAB, base_model, fine_tune, inputs, save
 
@@ -114,6 +118,51 @@ def test_a_name_that_comes_again_is_another_task(mixture: Path, tmp_path: Path):
     look_inside(str(mixture), tmp_path / "page.html", ["tuned=w3 w4"], [("tuned", "tuned", [batch])] * 2)
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert all(f">{name}<" in page for name in ("tuned", "tuned (2)", "tuned (3)"))
+
+
+def _byte_level() -> Tokenizer:
+    """GPT-2's kind."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: i for i, letter in enumerate([*letters, "Ġa", "Ã©"])}
+    made = Tokenizer(models.BPE(vocabulary, [("Ġ", "a"), ("Ã", "©")]))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return made
+
+
+def _word_piece() -> Tokenizer:
+    """BERT's kind."""
+    made = Tokenizer(models.WordPiece({word: i for i, word in enumerate(["[UNK]", "é", "sing", "##ing"])}))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.Whitespace(), decoders.WordPiece()
+    return made
+
+
+def _sentence_piece() -> Tokenizer:
+    """Llama-2's kind: what the vocabulary lacks is written in bytes."""
+    vocabulary = {word: i for i, word in enumerate(["<unk>", "▁", "a", "▁a", "é", "<0x0A>"])}
+    made = Tokenizer(models.BPE(vocabulary, [("▁", "a")], unk_token="<unk>", byte_fallback=True))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    spaces = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    made.decoder = decoders.Sequence(spaces)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("made", "text", "pieces"),
+    [
+        (_byte_level(), "é a\n\tâ", ["é", " a", "↵", "⇥", "Ã", "¢"]),
+        (_word_piece(), "é singing", ["é", "sing", "##ing"]),
+        (_sentence_piece(), "a é\n", [" a", " ", "é", "↵"]),
+    ],
+    ids=["byte-level", "WordPiece", "sentencepiece"],
+)
+def test_pieces_can_be_read(made: Tokenizer, text: str, pieces: list[str]):
+    tokenizer, one = PreTrainedTokenizerFast(tokenizer_object=made), torch.ones(1, 1)
+    ids = tokenizer(text)["input_ids"]
+    example = Example(ids, torch.ones(1, len(ids), 1))
+    task = TaskRouting("task", None, 1, len(ids), one, one[0], one[0], one[0], [example])
+    record = RoutingRecord(["layer"], ["expert"], one.bool(), [task], one, one)
+    (shown,) = _texts(record, tokenizer, Layers([LayerSpaces("layer", 1, 1, [0], 1, [[1.0]], None, 0.0)]))
+    assert [token["piece"] for token in shown["tokens"]] == pieces
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,8 @@ from .subspaces import LayerSpaces
 GENERATOR = "coterie inspect"
 # Example texts hold at most so many (token, layer) pairs in all, and so many tokens each.
 PAIRS, TOKENS = 60_000, 48
+# What is seen of characters that a line of text does not show.
+SIGNS = str.maketrans("\n\r\t", "↵␍⇥")
 
 
 def require_free(out: Path) -> None:
@@ -239,7 +241,7 @@ def _texts(record: RoutingRecord, tokenizer: Any, axis: Layers) -> list[dict[str
                 mean = gates.nanmean(0)
                 tokens.append(
                     {
-                        "piece": tokenizer.convert_ids_to_tokens(token),
+                        "piece": _piece(tokenizer, token),
                         "special": token in special,
                         "top": int(mean.nan_to_num().argmax()),
                         "gates": [_gates(layer) for layer in gates],
@@ -249,6 +251,17 @@ def _texts(record: RoutingRecord, tokenizer: Any, axis: Layers) -> list[dict[str
             expert = None if task.expert is None else record.experts[task.expert]
             rows.append({"task": task.task, "expert": expert, "tokens": tokens, "at": (names.index(task.task), turn)})
     return sorted(rows, key=lambda row: row["at"])
+
+
+def _piece(tokenizer: Any, token: int) -> str:
+    """A token as one reads it, its spaces kept, line breaks and tabs as signs.
+
+    Bytes that are no character by themselves stay as the vocabulary has them.
+    """
+    raw, text = tokenizer.convert_ids_to_tokens(token), tokenizer.decode([token], clean_up_tokenization_spaces=False)
+    if "▁" in raw:  # sentencepiece's spaces, the first of which decoding drops
+        text = raw.replace("▁", " ")
+    return str(text if text and "\ufffd" not in text else raw).translate(SIGNS)
 
 
 def _gates(gates: Tensor) -> int | list[int] | None:
