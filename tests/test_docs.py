@@ -21,6 +21,7 @@ import torch
 import yaml
 from markdown_it import MarkdownIt
 
+from coterie.options import cache_directory
 from zoo import base_model, fine_tune, make_adapter, save
 
 ROOT = Path(__file__).parents[1]
@@ -82,9 +83,16 @@ def drawer(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """What the pages' commands keep, and find again; nothing of another day's."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture
-def here(drawer, tmp_path, monkeypatch):
+def here(drawer, cache, tmp_path, monkeypatch):
     """A working directory of its own that holds the drawer."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     for entry in drawer.iterdir():
         (tmp_path / entry.name).symlink_to(entry)
     monkeypatch.chdir(tmp_path)
@@ -153,6 +161,10 @@ def test_blocks_run(page, here, monkeypatch):
             write(here / title[1], content)
         else:
             assert not language, f"a block in {language!r} that nobody runs"
+
+
+def test_nothing_is_served_from_an_earlier_day(here, tmp_path_factory):
+    assert cache_directory().is_relative_to(tmp_path_factory.getbasetemp())
 
 
 def test_no_code_hides_in_indented_blocks():
