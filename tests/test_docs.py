@@ -1,4 +1,4 @@
-"""Every command and every block of code in the documentation runs, as it stands there.
+"""Every command and every block of code in the documentation runs, as it stands there; what sentences name is there.
 
 A page's blocks run in order, in one directory where the names that the pages use lead to tiny models. Commands of
 coterie run in this process, the others are checked for what they name. Python blocks of a page share one namespace. A
@@ -7,6 +7,7 @@ YAML block with a title is a file of that name.
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -14,13 +15,17 @@ import runpy
 import shlex
 import sys
 import tempfile
+from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from markdown_it import MarkdownIt
+from typer.main import get_command
 
+from coterie.cli import app
 from coterie.options import cache_directory
 from zoo import base_model, fine_tune, make_adapter, save
 
@@ -114,7 +119,7 @@ def run_command(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
         words = words[1:]
     if not words:
         return
-    program, *arguments = words
+    program = words[0]
     if program == "coterie":
         from coterie.cli import main
 
@@ -122,11 +127,8 @@ def run_command(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(SystemExit) as end:
             main()
         assert not end.value.code, line
-    elif program == "make":
-        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
-        assert set(arguments) <= set(targets), line
-    elif program == "python":
-        assert (ROOT / arguments[0]).is_file() or arguments[0] == "-m", line
+    elif program in ("make", "python"):
+        check_names(line)
     elif program == "pip":
         check_extras(line)
     else:
@@ -138,6 +140,81 @@ def check_extras(line: str) -> None:
     project = (ROOT / "pyproject.toml").read_text()
     for extra in re.findall(r"coterie\[([a-z-]+)\]", line):
         assert re.search(rf"^{extra} = \[", project, re.M), line
+
+
+def check_names(line: str) -> None:
+    """What a command names is there: target, script, module or subcommand, its options, and the part after `--only`.
+
+    Words in capitals and ellipses stand for anything.
+    """
+    program, *words = [word for word in shlex.split(line) if not re.fullmatch(r"[A-Z_]+|\.\.\.|…", word)]
+    if words[:2] == ["-m", "coterie"]:
+        program, words = "coterie", words[2:]
+    if program == "make":
+        known = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+        assert {word for word in words if "=" not in word} <= known, line
+        return
+    if program == "coterie":
+        command = get_command(app)
+        while words and words[0][0] != "-" and (commands := getattr(command, "commands", None)):
+            assert words[0] in commands, line
+            command = commands[words.pop(0)]
+        known = {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
+    else:
+        module = find_spec(words[1]) if words[0] == "-m" else None
+        script = Path(module.origin or "") if module else ROOT / words[0]
+        assert script.is_file() and "__main__" in script.read_text(), line
+        words = words[2:] if module else words[1:]
+        taken = options(script)
+        known = set(taken)
+        for option, part in pairwise(words):
+            assert option != "--only" or taken.get(option) is None or part in taken[option], line
+    assert {word.partition("=")[0] for word in words if word[0] == "-"} <= known | {"--help"}, line
+
+
+def options(script: Path) -> dict[str, set[str] | None]:
+    """The options that a script adds to its parser, and what can be chosen: None is anything."""
+    tree = ast.parse(script.read_text())
+    named = {ast.unparse(node.targets[0]): node.value for node in tree.body if isinstance(node, ast.Assign)}
+    found: dict[str, set[str] | None] = {}
+    for call in ast.walk(tree):
+        if isinstance(call, ast.Call) and ast.unparse(call.func).endswith(".add_argument"):
+            given = [node for each in call.keywords if each.arg == "choices" for node in ast.walk(each.value)]
+            given += [key for node in given for key in getattr(named.get(getattr(node, "id", "")), "keys", [])]
+            choices = {node.value for node in given if isinstance(node, ast.Constant)}
+            found |= {ast.literal_eval(name): choices or None for name in call.args}
+    return found
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda p: p.name)
+def test_commands_in_sentences_name_what_is_there(page):
+    for paragraph in MarkdownIt().parse(page.read_text()):
+        for code in paragraph.children or []:
+            line = " ".join(code.content.split())
+            if code.type == "code_inline" and re.match(r"(python (benchmarks/|-m coterie)|make |coterie )", line):
+                check_names(line)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "make nothing",
+        "coterie nothing",
+        "coterie library nothing",
+        "coterie build --nothing",
+        "python -m coterie build --nothing=1",
+        "python -m coterie.nothing",
+        "python -m coterie.errors",
+        "python benchmarks/nothing.py",
+        "python benchmarks/cells.py",
+        "python benchmarks/sweeps.py --nothing",
+        "python benchmarks/sweeps.py --only nothing",
+        "python benchmarks/suites.py --only nothing",
+    ],
+)
+def test_what_is_not_there_is_found(line):
+    with pytest.raises(AssertionError):
+        check_names(line)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
