@@ -59,6 +59,21 @@ def reports(mixture: Path) -> dict[str, Path]:
     return {"bare": bare, "full": full}
 
 
+@pytest.mark.parametrize("pool", ["prompt", "model"])
+def test_texts_are_prompts(pool: str, mixture: Path, tmp_path: Path):
+    """To a language model whose routers decide by those."""
+    base = base_model("llama")
+    for name, model in {"base": base, "a": fine_tune(base, 1), "b": fine_tune(base, 2)}.items():
+        save(model, tmp_path / name)
+    PreTrainedTokenizerFast.from_pretrained(mixture).save_pretrained(tmp_path / "base")
+    experts = {name: str(tmp_path / name) for name in "ab"}
+    made = {"base": str(tmp_path / "base"), "experts": experts, "out": tmp_path / "mixture"}
+    coterie.build(method="smile", parameters={"pool": pool, "gate_rank": 2}, **made)
+    look_inside(str(tmp_path / "mixture"), tmp_path / "page.html", ["a=w5 w6 w7", "b=w8"])
+    routing = next(f for f in _figures((tmp_path / "page.html").read_text()) if f["key"] == "where")
+    assert routing["data"]
+
+
 def test_the_page_says_what_the_build_measured(reports: dict[str, Path], mixture: Path):
     page = reports["bare"].read_text(encoding="utf-8")
     account = json.loads((mixture / "mixture.json").read_text())["report"]
