@@ -291,6 +291,55 @@ def test_class_numbers_are_in_their_order(world: dict[str, Any], tmp_path: Path)
     assert (merged.labels, merged.test.targets.tolist()) == (("bad", "good"), [1, 0, 0])
 
 
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+def test_texts_are_as_the_file_has_them(ending: str, tmp_path: Path) -> None:
+    """No number is written anew, no word is taken for a missing value, and no text for a date."""
+    import datasets
+
+    texts = ["007", "0.50", "1e5", " NA", "None", "2020-01-02"]
+    columns = {"q": texts, "a": ["3.10", "0.50", "1e5", "1", "-0", "007"], "day": ["2020-01-02"] * len(texts)}
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    file = tmp_path / f"t.{ending}"
+    if ending == "parquet":
+        datasets.Dataset.from_list(rows).to_parquet(str(file))
+    else:
+        lines = map(json.dumps, rows) if ending == "jsonl" else map(",".join, [columns, *(r.values() for r in rows)])
+        file.write_text("\n".join(lines))
+    task = {"test": str(file), "input": ["q", "day"], "target": "a", "metric": "exact_match"}
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump({"base": "b", "reader": "causal", "tasks": {"t": task}}))
+    (found,) = read(tmp_path / "s.yaml").tasks()
+    assert found.test.inputs == tuple(f"{text}\n2020-01-02" for text in texts)
+    assert found.test.targets == tuple(columns["a"])
+
+
+def test_dates_among_many_rows(tmp_path: Path) -> None:
+    """Files of more than 10 MB, which `datasets` would read in parts, each with kinds of its own."""
+    lines = [json.dumps({"q": "2020-01-02", "more": "x" * 1000})] * 11_000
+    task = {"test": str(tmp_path / "t.jsonl"), "input": "q", "metric": "perplexity"}
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump({"base": "b", "reader": "causal", "tasks": {"t": task}}))
+    (tmp_path / "t.jsonl").write_text("\n".join([json.dumps({"q": "soon"}), *lines]))
+    (found,) = read(tmp_path / "s.yaml").tasks()
+    assert set(found.test.inputs) == {"soon", "2020-01-02"}
+
+
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [
+        (["0", "1"], {0: "no", 1: "yes"}),
+        (["false", "true"], {False: "no", True: "yes"}),
+        (["FALSE", "True"], {False: "no", True: "yes"}),
+        (["null", "NA"], {"null": "no", "NA": "yes"}),
+        (["None", "2020-01-02"], {"None": "no", "2020-01-02": "yes"}),
+    ],
+)
+def test_labels_name_the_values_of_csv(values: list[str], labels: dict[Any, str], tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("".join(f"{line}\n" for line in ("q,a", *(f"x,{value}" for value in values))))
+    task = {"test": str(tmp_path / "t.csv"), "input": "q", "target": "a", "labels": labels}
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump({"base": "b", "tasks": {"t": task}}, sort_keys=False))
+    (found,) = read(tmp_path / "s.yaml").tasks()
+    assert (found.labels, found.test.targets.tolist()) == (("no", "yes"), [0, 1])
+
+
 def test_a_task_without_an_expert(world: dict[str, Any], tmp_path: Path) -> None:
     experts = {"first": world["suite"]["experts"]["first"]}
     (tmp_path / "s.yaml").write_text(yaml.safe_dump({**world["suite"], "experts": experts}))

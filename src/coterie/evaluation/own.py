@@ -153,7 +153,7 @@ def _task(name: str, task: OwnTask, sizes: Mapping[str, int | None]) -> Task:
     classes: tuple[str, ...] = ()
     if task.metric in ("accuracy", "f1"):
         if isinstance(task.labels, dict):
-            labels = {str(value): text for value, text in task.labels.items()}
+            labels = {written: text for value, text in task.labels.items() for written in _spellings(value)}
         else:
             labels = {value: value for value in task.labels or sorted(found)}
         if not isinstance(task.labels, list) and all(value.isdecimal() for value in labels):  # class numbers
@@ -182,6 +182,12 @@ def _task(name: str, task: OwnTask, sizes: Mapping[str, int | None]) -> Task:
     return Task(name, classes, split("train"), split("validation"), split("test"), task.metric)
 
 
+def _spellings(value: str | int | bool) -> tuple[str, ...]:
+    """A label's value as files have it; the truth values of CSV are texts, in any of three spellings."""
+    text = str(value)
+    return (text, text.lower(), text.upper()) if isinstance(value, bool) else (text,)
+
+
 def _columns(name: str, task: OwnTask, file: str | None, rows: int | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Inputs and targets (none without a target column) of one file, as texts."""
     if file is None:
@@ -207,7 +213,9 @@ def _text(value: Any, column: str, file: str, row: int) -> str:
 
 
 def load_table(path: Path) -> Any:
-    """A `datasets.Dataset` of a CSV, JSONL or Parquet file, in memory.
+    """A `datasets.Dataset` of a CSV, JSONL or Parquet file, in memory; texts are as the file has them.
+
+    All values of CSV are texts, and an empty one is None.
 
     Raises:
         CoterieError: no such file, another kind of file, one that cannot be parsed, or `datasets` is not installed.
@@ -226,12 +234,30 @@ def load_table(path: Path) -> Any:
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as folder:
         try:
-            return datasets.load_dataset(
-                FORMATS[path.suffix.lower()], data_files=str(path), split="train", cache_dir=folder, keep_in_memory=True
-            )
+            return _loaded(path, folder)
         except Exception as error:  # the parsers of three formats raise many kinds
             reason = " ".join(str(error.__cause__ or error).split())[:200]
             raise CoterieError(f"cannot be read ({reason})", str(path), "mend the file") from None
+
+
+def _loaded(path: Path, folder: str) -> Any:
+    """The table of a file, with what `datasets` writes on the way in a folder; left alone, it would make numbers and
+    dates of texts."""
+    from datasets import Features, Json, Value, load_dataset
+
+    kind = FORMATS[path.suffix.lower()]
+    load = partial(load_dataset, kind, data_files=str(path), split="train", cache_dir=folder, keep_in_memory=True)
+    if kind == "csv":
+        from pandas import read_csv  # type: ignore[import-untyped]
+
+        texts = Features(dict.fromkeys(read_csv(path, nrows=0).columns, Value("string")))
+        return load(features=texts, keep_default_na=False, na_values=[""])
+    if kind == "parquet":
+        return load()
+    load = partial(load, chunksize=path.stat().st_size + 1)  # in one, else the first chunk's kinds are the others' too
+    table = load()
+    dated = {name: Json() for name, kind in table.features.items() if "timestamp" in str(kind)}
+    return load(features=Features({**table.features, **dated})) if dated else table
 
 
 def _explained(error: ValidationError, path: Path) -> CoterieError:
