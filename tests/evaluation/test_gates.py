@@ -11,6 +11,7 @@ from small import encoder_suite
 
 pytest.importorskip("sklearn")
 
+from coterie.errors import CoterieError
 from coterie.evaluation import gates
 from coterie.evaluation.ladder import load
 
@@ -43,3 +44,11 @@ def test_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
         with pytest.raises(SystemExit, match="1"):
             run(**good | bad)
         assert capsys.readouterr().out.count("FAIL  ") == 1
+
+    # A suite that trains no experts is measured by those that it brings along; a kind that it lacks is said.
+    monkeypatch.setattr(gates, "measure", lambda *_: replace(found, **good))
+    monkeypatch.setattr(gates, "find_suite", lambda name: replace(fixed, recipes={}))
+    gates.main("small", tmp_path / "cache")
+    assert capsys.readouterr().out.count("pass  ") == 4
+    with pytest.raises(CoterieError, match="small has no experts of kind 'comitted'; known: committed"):
+        gates.main("small", tmp_path / "cache", experts="comitted")

@@ -73,10 +73,9 @@ def compare(
     check_directory(out, "--out")
     check_directory(cache, "--cache")
     suite = suite if isinstance(suite, Suite) else find_suite(suite)
-    kind = experts or ("full" if suite.recipes else "committed")
     if seeds < 1:
         raise CoterieError(f"{seeds} sets of experts", "--seeds", "give 1 or more")
-    _check_kind(suite, kind, seeds)
+    kind = kind_of(suite, experts, seeds)
     tasks = suite.tasks(**TINY_ROWS)[:TINY_TASKS] if tiny else suite.tasks(test=suite.test_rows)
     if tiny and grids is None:
         grids = {name: [way.parameters for way in ways(name, len(tasks))[:2]] for name in names}
@@ -183,7 +182,13 @@ def check_directory(directory: Path, option: str) -> None:
         raise CoterieError(f"{there} cannot be written in", option, "choose another")
 
 
-def _check_kind(suite: Suite, kind: str, seeds: int) -> None:
+def kind_of(suite: Suite, experts: str | None, seeds: int = 1) -> str:
+    """The kind of experts that is asked for, or the suite's own.
+
+    Raises:
+        CoterieError: the suite has none of that kind, or given experts are to have further seeds.
+    """
+    kind = experts or ("full" if suite.recipes else "committed")
     kinds = [*suite.recipes, *(f"{name}-seeds" for name in suite.recipes if name == "lora")]
     kinds += ["committed"] if suite.committed else []
     if not kinds:
@@ -192,3 +197,4 @@ def _check_kind(suite: Suite, kind: str, seeds: int) -> None:
         raise CoterieError(f"{suite.name} has no experts of kind {kind!r}", "--experts", f"known: {', '.join(kinds)}")
     if kind == "committed" and seeds > 1:
         raise CoterieError("experts that are given have no further seeds", "--seeds", "leave it out, or train experts")
+    return kind

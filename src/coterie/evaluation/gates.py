@@ -17,7 +17,7 @@ from rich.console import Console
 
 from ..errors import CoterieError
 from .combine import SCALES, Experts
-from .compare import check, expert_sets, find_suite
+from .compare import check, expert_sets, find_suite, kind_of
 from .ladder import State, delta, linear_deltas, linear_layers, load
 from .metrics import normalised, recovered_gap, skills
 from .reader import Reader
@@ -130,15 +130,21 @@ def gates_sheet(suite: str, tasks: Sequence[Task], gates: Gates) -> Sheet:
 
 
 def main(
-    suite: str, cache_dir: Path, experts: str = "full", device: str = "cpu", rows: int = 1000, tiny: bool = False
+    suite: str,
+    cache_dir: Path,
+    experts: str | None = None,
+    device: str = "cpu",
+    rows: int = 1000,
+    tiny: bool = False,
 ) -> None:
     """Train the experts that are missing, measure, print; exit with 1 where a gate fails."""
     quiet()
     console, found = Console(), find_suite(suite)
+    kind = kind_of(found, experts)
     tasks = found.tasks(train=48, validation=24, test=32) if tiny else found.tasks()
     check(tasks)
     reader = found.reader(found.base(cache_dir, device, tiny), device)
-    (directories,) = expert_sets(found, tasks, reader, experts, 1, tiny, cache_dir, device, console)
+    (directories,) = expert_sets(found, tasks, reader, kind, 1, tiny, cache_dir, device, console)
     gates = measure(reader, tasks, directories, rows)
     console.print(gates_sheet(found.name, tasks, gates).rich())
     for verdict, passed in gates.verdicts().items():
