@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load
 from small import LETTERS, encoder_suite
 
 from coterie.errors import CoterieError
@@ -139,6 +140,20 @@ def test_routers_that_need_statistics_are_given_them(
     again = run(suite, copied, "phatgoose", experts=kind, tiny=True, grids={"phatgoose": [{"top_k": 1}]})
     assert results(again, "phatgoose")[0]["skill"]
     assert {path: path.stat().st_mtime_ns for path in models.rglob("*.safetensors")} == kept
+
+
+@pytest.mark.parametrize("kind", ["activation", "gram"])
+def test_damaged_statistics_are_said_and_made_anew(kind: str, suite: Suite, tmp_path: Path) -> None:
+    said: list[str] = []
+    reader = AnchorReader(suite.base(tmp_path, "cpu", False))
+    experts = combine.Experts(reader, dict(suite.committed), {task.name: task for task in suite.tasks()}, said.append)
+    file = experts.statistics("first", kind, tmp_path)
+    good = load(file.read_bytes())
+    file.write_bytes(file.read_bytes()[:-8])
+    assert experts.statistics("first", kind, tmp_path) == file and len(said) == 1 and "is damaged" in said[0]
+    assert all(torch.equal(tensor, good[name]) for name, tensor in load(file.read_bytes()).items())
+    made = file.stat().st_mtime_ns
+    assert experts.statistics("first", kind, tmp_path).stat().st_mtime_ns == made and len(said) == 1
 
 
 def test_statistics_need_training_rows(suite: Suite, copied: Path) -> None:

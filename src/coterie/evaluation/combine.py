@@ -24,8 +24,10 @@ from ..errors import CoterieError
 from ..library.encoder import Encoder, account, embeddings, minilm
 from ..merging import registry as merges
 from ..merging.statistics import Statistics, fisher, gram
+from ..merging.statistics import read as read_moments
 from ..registration import Registered
 from ..sources.locate import locate
+from ..sources.statistics import read as read_vectors
 from ..sources.statistics import write as write_vectors
 from .extract import expert_state
 from .ladder import State, load
@@ -99,11 +101,13 @@ class Experts:
         reader: of the base.
         directories: name -> full fine-tune or adapter.
         tasks: by the experts' names, whose training rows the merges that need statistics are given.
+        warn: told of a file of vectors that is damaged, and so made anew.
     """
 
     reader: Reader
     directories: dict[str, Path]
     tasks: dict[str, Task] = field(default_factory=dict)
+    warn: Callable[[str], None] = lambda text: None
     _kept: dict[str, dict[str, Tensor]] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -146,7 +150,7 @@ class Experts:
         if kind in ("task", "examples"):
             data.append(account(self.encoder, []))
         file = folder / f"{digest(self.keys[name], kind, *data)[:16]}.safetensors"
-        if file.exists():
+        if self._sound(file, kind):
             return file
         if not len(self.tasks[name].train):
             raise CoterieError(
@@ -162,8 +166,19 @@ class Experts:
         elif kind in ("gate", "activation"):
             write_vectors(file, self._vectors(name, kind), {"kind": kind})
         else:
-            self._moments(name, kind).write(file)
+            self._moments(name, kind).write(file, force=True)
         return file
+
+    def _sound(self, file: Path, kind: str) -> bool:
+        """Whether a file of statistics is there and undamaged."""
+        if not file.exists():
+            return False
+        try:
+            read_moments(file) if kind in ("gram", "fisher") else read_vectors(file)
+        except CoterieError:
+            self.warn(f"{file} is damaged; what it held is computed anew")
+            return False
+        return True
 
     def _moments(self, name: str, kind: str) -> Statistics:
         task, model = self.tasks[name], self.fresh(self.state(name))

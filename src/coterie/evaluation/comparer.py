@@ -156,7 +156,7 @@ class Comparer:
             whole: with the matrix of every expert on every task, every mixture's `others` and known task, and defaults
                 beside what was chosen.
         """
-        experts = Experts(self.reader, directories, {task.name: task for task in self.tasks})
+        experts = Experts(self.reader, directories, {task.name: task for task in self.tasks}, self.cells.warn)
         base = self._scores(["base"], lambda: self.reader.model, "test", "the base")
         expert = self._own(experts, "expert", experts.state, "test")
         expert_validation = self._own(experts, "expert", experts.state, "validation")
