@@ -2,7 +2,9 @@
 
 import csv
 import json
+import os
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -195,6 +197,24 @@ def test_nothing_finished_is_computed_again(suite: Suite, copied: Path, monkeypa
     assert json.dumps(run(suite, tmp_path)) == json.dumps(found)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache" / "cells").iterdir()} == cells
     assert not list((tmp_path / "cache" / "models").glob("*"))
+
+
+def test_comparisons_on_one_cache_do_not_meet(suite: Suite, tmp_path: Path) -> None:
+    """Each model stands in a directory of its own; what a killed run left is removed after a day."""
+    experts = combine.Experts(AnchorReader(suite.base(tmp_path, "cpu", False)), dict(suite.committed))
+    old, new = tmp_path / "run-old", tmp_path / "run-new"
+    for left in (old, new):
+        (left / "model").mkdir(parents=True)
+    os.utime(old, (time.time() - 2 * combine.DAY,) * 2)
+    (way,) = combine.ways("average", 2)
+    with combine.combined(way, experts, tmp_path) as make:
+        make()
+        (mine,) = set(tmp_path.iterdir()) - {new}
+        with combine.combined(way, experts, tmp_path) as other:
+            other()
+            assert len(set(tmp_path.iterdir()) - {new, mine}) == 1
+        assert set(tmp_path.iterdir()) == {new, mine} and (mine / "model" / "config.json").exists()
+    assert set(tmp_path.iterdir()) == {new}
 
 
 def test_one_model_per_task_is_asked_with_the_task_known(suite: Suite, copied: Path) -> None:

@@ -6,8 +6,9 @@ import ast
 import inspect
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from itertools import product
@@ -60,6 +61,9 @@ FULL_RANK = 32
 
 GATE_ROWS, GATE_BATCH = 3200, 32
 """Training rows of each task that PHATGOOSE's gates learn from, and those of a step."""
+
+LEFT, DAY = "run-", 24 * 60 * 60
+"""How directories of models that are being run begin, and the age in seconds at which nobody is taken to run them."""
 
 ROOMS = ("sources", "experts", "routing", "mixture", "building")
 """What makes and runs a mixture, whatever its method."""
@@ -273,32 +277,40 @@ def combined(way: Way, experts: Experts, folder: Path) -> Iterator[Callable[[], 
     Args:
         way: method and parameters.
         experts: what is combined.
-        folder: where its directory stands for the time of the block; vectors that routers hold of an expert's data
-            are kept in it, by the code that makes them.
+        folder: where a directory of its own stands for the time of the block; vectors that routers hold of an expert's
+            data are kept in it, by the code that makes them.
     """
-    out = folder / digest(way.key, list(experts.keys.values()))[:16]
-    moments, vectors = out.with_name(f"{out.name}-moments"), folder / "vectors" / source_key(way.method)[:16]
+    stack = ExitStack()
 
     @cache
     def make() -> tuple[nn.Module, dict[str, Any]]:
-        given = recipe(way, experts, vectors if is_mixture(way.method) else moments)
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove_left(folder)
+        own = Path(stack.enter_context(tempfile.TemporaryDirectory(None, LEFT, folder, ignore_cleanup_errors=True)))
+        out, vectors = own / "model", folder / "vectors" / source_key(way.method)[:16]
+        given = recipe(way, experts, vectors if is_mixture(way.method) else own / "statistics")
         record: dict[str, Any] = {"warnings": [], "overlap": None, "chance": None}
         if is_mixture(way.method):
-            report: Any = coterie.build(given, out=out, force=True)
+            report: Any = coterie.build(given, out=out)
             record |= {"warnings": report.warnings}
             if report.overlap:
                 record["overlap"], record["chance"] = report.overlap
             model: nn.Module = coterie.load(str(out)).to(experts.reader.device)
         else:
-            report = coterie.merge(given, out=out, force=True)
+            report = coterie.merge(given, out=out)
             model = experts.fresh(expert_state(experts.reader, out))
         return model, {**record, "seconds": report.seconds, "parameters": sum(p.numel() for p in model.parameters())}
 
-    try:
+    with stack:
         yield make
-    finally:
-        shutil.rmtree(out, ignore_errors=True)
-        shutil.rmtree(moments, ignore_errors=True)
+
+
+def _remove_left(folder: Path) -> None:
+    """Remove the directories of models whose run was killed."""
+    for left in folder.glob(f"{LEFT}*"):
+        with suppress(FileNotFoundError):  # another process has removed it
+            if time.time() - left.stat().st_mtime > DAY:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def recipe(way: Way, experts: Experts, folder: Path | None = None) -> dict[str, Any]:
