@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -156,6 +156,26 @@ def test_damaged_statistics_are_said_and_made_anew(kind: str, suite: Suite, tmp_
     assert all(torch.equal(tensor, good[name]) for name, tensor in load(file.read_bytes()).items())
     made = file.stat().st_mtime_ns
     assert experts.statistics("first", kind, tmp_path).stat().st_mtime_ns == made and len(said) == 1
+
+
+def test_the_seconds_of_statistics_count(suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where they are kept from before."""
+    reader, tasks = AnchorReader(suite.base(tmp_path, "cpu", False)), {task.name: task for task in suite.tasks()}
+
+    def slowed(gather: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **options: time.sleep(1) or gather(*args, **options)
+
+    def seconds(way: combine.Way) -> float:
+        experts = combine.Experts(reader, dict(suite.committed), tasks)
+        with combine.combined(way, experts, tmp_path) as make:
+            return float(make()[1]["seconds"])
+
+    assert seconds(combine.ways("average", 2)[0]) < 2
+    monkeypatch.setattr(combine, "gram", slowed(combine.gram))
+    monkeypatch.setattr(combine.Experts, "_vectors", slowed(combine.Experts._vectors))
+    first, again, *_ = combine.ways("average_activation", 2, adapters=False)
+    assert min(seconds(combine.ways("regmean", 2)[0]), seconds(first), seconds(again)) > 2
+    assert len(list(tmp_path.rglob("vectors/*/*"))) == 2
 
 
 def test_statistics_need_training_rows(suite: Suite, copied: Path) -> None:

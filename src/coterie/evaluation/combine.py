@@ -96,6 +96,13 @@ class Way:
             "task",
         )
 
+    @property
+    def needs(self) -> str | None:
+        """The kind of statistics that it is told of every expert, if any."""
+        if is_mixture(self.method):
+            return methods.get(self.method).assemble(**self.parameters).statistics
+        return merges.get(self.method).needs
+
 
 @dataclass
 class Experts:
@@ -106,12 +113,14 @@ class Experts:
         directories: name -> full fine-tune or adapter.
         tasks: by the experts' names, whose training rows the merges that need statistics are given.
         warn: told of a file of vectors that is damaged, and so made anew.
+        gathered: file of statistics -> the seconds that it took to gather them.
     """
 
     reader: Reader
     directories: dict[str, Path]
     tasks: dict[str, Task] = field(default_factory=dict)
     warn: Callable[[str], None] = lambda text: None
+    gathered: dict[Path, float] = field(default_factory=dict, repr=False)
     _kept: dict[str, dict[str, Tensor]] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -161,16 +170,15 @@ class Experts:
                 f"has no train rows, of which its {kind!r} statistics are made", f"task {name!r}", "give some"
             )
         folder.mkdir(parents=True, exist_ok=True)
-        if kind in ("task", "examples"):
-            rows = list(self.tasks[name].train.head(EXAMPLES).inputs)
-            if not hasattr(self.reader, "encoder") and not all(isinstance(row, str) for row in rows):
-                raise CoterieError("its inputs are no texts, by which the method retrieves", f"task {name!r}", TEXTS)
-            found = {"embedding": embeddings(self.encoder, kind, rows)}
-            write_vectors(file, found, {"kind": kind, "encoder": account(self.encoder, [])["encoder"]})
-        elif kind in ("gate", "activation"):
-            write_vectors(file, self._vectors(name, kind), {"kind": kind})
-        else:
+        started = time.perf_counter()
+        if kind in ("gram", "fisher"):
             self._moments(name, kind).write(file, force=True)
+        else:
+            found, facts = self._vectors(name, kind), {"kind": kind}
+            if kind in ("task", "examples"):
+                facts |= {"encoder": account(self.encoder, [])["encoder"]}
+            write_vectors(file, found, facts | {"seconds": str(time.perf_counter() - started)})
+        self.gathered[file] = time.perf_counter() - started
         return file
 
     def _sound(self, file: Path, kind: str) -> bool:
@@ -178,7 +186,10 @@ class Experts:
         if not file.exists():
             return False
         try:
-            read_moments(file) if kind in ("gram", "fisher") else read_vectors(file)
+            if kind in ("gram", "fisher"):
+                read_moments(file)
+            else:
+                self.gathered[file] = float(read_vectors(file)[1]["seconds"])
         except CoterieError:
             self.warn(f"{file} is damaged; what it held is computed anew")
             return False
@@ -194,8 +205,14 @@ class Experts:
         return fisher(model, batches, logits=partial(self.reader.logits, task))
 
     def _vectors(self, name: str, kind: str) -> dict[str, Tensor]:
-        """Of the expert in a library of its own: trained, or gathered, there; of a full fine-tune, its adapter's."""
+        """Embeddings of the task's inputs; or vectors of the expert in a library of its own, trained or gathered there,
+        of a full fine-tune its adapter's."""
         task, reader, expert = self.tasks[name], self.reader, self.directories[name]
+        if kind in ("task", "examples"):
+            inputs = list(task.train.head(EXAMPLES).inputs)
+            if not hasattr(reader, "encoder") and not all(isinstance(each, str) for each in inputs):
+                raise CoterieError("its inputs are no texts, by which the method retrieves", f"task {name!r}", TEXTS)
+            return {"embedding": embeddings(self.encoder, kind, inputs)}
         with tempfile.TemporaryDirectory() as folder:
             alone = library.create(Path(folder) / "library", reader.base)
             alone.add(name, expert, base=reader.base, rank=None if locate(str(expert)).is_adapter else FULL_RANK)
@@ -271,7 +288,8 @@ def ways(name: str, experts: int, grid: list[dict[str, Any]] | None = None, adap
 def combined(way: Way, experts: Experts, folder: Path) -> Iterator[Callable[[], tuple[nn.Module, dict[str, Any]]]]:
     """Gives a function that makes, at its first call, the model and the record of its making.
 
-    The record: `seconds` of making it from files, `parameters`, and for a mixture `overlap` of the gate subspaces (with
+    The record: `seconds` of making it from files, those of gathering the statistics that it needs among them (as long
+    as it took when they are kept from before); `parameters`, and for a mixture `overlap` of the gate subspaces (with
     `chance`) and the build's `warnings`.
 
     Args:
@@ -299,7 +317,9 @@ def combined(way: Way, experts: Experts, folder: Path) -> Iterator[Callable[[], 
         else:
             report = coterie.merge(given, out=out)
             model = experts.fresh(expert_state(experts.reader, out))
-        return model, {**record, "seconds": report.seconds, "parameters": sum(p.numel() for p in model.parameters())}
+        gathering = sum(experts.gathered[Path(e["statistics"])] for e in given["experts"].values() if way.needs)
+        record |= {"seconds": gathering + report.seconds, "parameters": sum(p.numel() for p in model.parameters())}
+        return model, record
 
     with stack:
         yield make
@@ -316,13 +336,9 @@ def _remove_left(folder: Path) -> None:
 def recipe(way: Way, experts: Experts, folder: Path | None = None) -> dict[str, Any]:
     """The recipe that makes the same from files; `folder` is where statistics are kept that it needs."""
     sources: dict[str, Any] = {name: str(path) for name, path in experts.directories.items()}
-    if is_mixture(way.method):
-        needs = methods.get(way.method).assemble(**way.parameters).statistics
-    else:
-        needs = merges.get(way.method).needs
-    if needs and folder:
+    if way.needs and folder:
         sources = {
-            n: {"source": s, "statistics": str(experts.statistics(n, needs, folder))} for n, s in sources.items()
+            n: {"source": s, "statistics": str(experts.statistics(n, way.needs, folder))} for n, s in sources.items()
         }
     whole: dict[str, Any] = {
         "method": way.method, "base": str(experts.reader.base), "experts": sources, "parameters": way.parameters,

@@ -41,7 +41,7 @@ class Result:
         skill: on each task, in the suite's order (see `metrics`); None where it has no value.
         normalised, recovered_gap: with 95% paired bootstrap intervals.
         ratio: parameters / parameters of the base.
-        seconds: of making it from the experts' files.
+        seconds: of making it from the experts' files, and of gathering what it needs to know of the tasks' rows.
         note: why there is no value.
     """
 
@@ -251,7 +251,8 @@ class Comparer:
     def _ready(self, way: Way, experts: Experts) -> Any:
         """A function that makes the model (once), and one that gives the kept record of making it."""
         with combined(way, experts, self.folder) as make:
-            key = ("made", way.key, *self.base_key, list(experts.keys.values()))
+            made = "made" if way.needs is None else "gathered and made"
+            key = (made, way.key, *self.base_key, list(experts.keys.values()))
             yield make, lambda: self.cells.get(key, lambda: make()[1])
 
     def _of_way(self, way: Way, experts: Experts, make: Any, split: str, known_task: bool = False) -> list[np.ndarray]:
