@@ -209,6 +209,16 @@ def test_images(recipe, tmp_path):
     assert coterie.load(tmp_path / "out").config.num_labels == 2
 
 
+def test_truth_values_of_csv_are_labels(recipe, tmp_path):
+    """Which are texts there."""
+    rows = [f"what a film,{'true' if i % 3 else 'false'}" for i in range(6)]
+    (tmp_path / "truth.csv").write_text("\n".join(["text,label", *rows]))
+    file, labels = str(tmp_path / "truth.csv"), {True: "right", False: "wrong"}
+    data = {"train": file, "validation": file, "labels": labels}
+    train(other(recipe, data=data), tmp_path / "out", quiet=True)
+    assert set(coterie.load(tmp_path / "out").config.id2label.values()) == {"right", "wrong"}
+
+
 def test_tasks_are_read_and_reported(recipe, tmp_path):
     data = {"train": {"opinion": "opinion.csv", "object": "opinion.csv"}, "validation": "both.jsonl", "task": None}
     report = train(other(recipe, data={**data, "validation": None}), tmp_path / "files", quiet=True)

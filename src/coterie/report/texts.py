@@ -72,7 +72,7 @@ def batches(model: Any, tokenizer: Any, lines: Sequence[str]) -> Iterator[dict[s
     """What the model is called with: padded `input_ids`, their `attention_mask`, and what else the tokenizer gives; and
     the rows' `texts`.
 
-    An encoder-decoder model gets the start of an answer to decode from; to a model that writes, and whose routers decide
+    An encoder-decoder model gets the start of an answer to decode from; to a model that writes, whose routers decide
     by the prompt, each text is one.
     """
     import torch

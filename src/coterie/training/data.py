@@ -149,13 +149,16 @@ def _classes(data: Data, kind: str, targets: list[Any]) -> dict[str, str]:
 def _numbers(value: Any, order: Mapping[str, int], column: str | None, which: str, row: int) -> Any:
     if isinstance(value, list):
         return [_numbers(each, order, column, which, row) for each in value]
-    if str(value) not in order:
+    text = str(value)
+    if text not in order and text.lower() in ("true", "false"):  # the truth values of CSV are texts
+        text = text.capitalize()
+    if text not in order:
         raise CoterieError(
-            f"row {row + 1}: {str(value)!r} in column {column!r} is no label",
+            f"row {row + 1}: {text!r} in column {column!r} is no label",
             f"data.{which}",
-            nearest(str(value), list(order)),
+            nearest(text, list(order)),
         )
-    return order[str(value)]
+    return order[text]
 
 
 def encode(recipe: TrainRecipe, split: Split, processor: Any) -> Any:
