@@ -35,7 +35,9 @@ from timing import machine, versions
 HEADLINE = ("average", "task_arithmetic", "ties", "tsv_m", "smile")
 SPECTRAL = ("iso_c", "svc", "subspace_boosting")
 OF_ADAPTERS = ("core_space", "knots")
-ROUTERS = ("smile", "average_activation", "nearest_example", "retriever")
+VOTED = "smile by vote"
+"""SMILE by the layers' vote, and else at its defaults: nothing is chosen."""
+ROUTERS = ("smile", VOTED, "average_activation", "nearest_example", "retriever")
 POOLED = [{"pool": pool, "gate_rank": gate_rank} for pool in ("sequence", "model") for gate_rank in (4, 16, 32)]
 """SMILE with one decision for an example, in each layer or by the layers' vote, as the other routers may choose."""
 
@@ -70,7 +72,7 @@ PARTS = {
     "text8-lora": Part("text8", "lora", (*HEADLINE, *OF_ADAPTERS)),
     "vision8-full": Part("vision8", "full", routers=(*ROUTERS, "phatgoose")),
     "vision8-lora": Part("vision8", "lora", routers=(*ROUTERS, "phatgoose")),
-    "lm4-full": Part("lm4", "full", routers=ROUTERS[1:], rows=300, validation_rows=50),
+    "lm4-full": Part("lm4", "full", routers=ROUTERS[2:], rows=300, validation_rows=50),
     "stress-full": Part("text8:stress", "full"),
     "control-full": Part("text8:control", "full", gated=False),
 }
@@ -95,8 +97,13 @@ def routed(part: Part, cache: Path) -> dict[str, Any]:
     """What the routers keep of the first set of experts."""
     _, tasks, reader, experts = opened(part, cache)
     comparer = Comparer(reader, tasks, Cells(cache / "cells"), part.rows, part.validation_rows)
-    found = comparer.compare(part.experts, experts, part.routers, {"smile": POOLED}, whole=False)
-    return {name: account(found, name) for name in part.routers}
+
+    def routers(names: tuple[str, ...], grid: list[dict[str, Any]]) -> dict[str, Any]:
+        found = comparer.compare(part.experts, experts, names, {"smile": grid}, whole=False)
+        return {name: account(found, name) for name in names}
+
+    own = routers(tuple(name for name in part.routers if name != VOTED), POOLED)
+    return own | ({VOTED: routers(("smile",), [{"pool": "model"}])["smile"]} if VOTED in part.routers else {})
 
 
 def opened(part: Part, cache: Path) -> tuple[Suite, tuple[Task, ...], Any, dict[str, Path]]:

@@ -20,7 +20,7 @@ from coterie.evaluation.tables import parameters, percent
 from coterie.evaluation.tables import shown as answered
 from page import ROOT, filled, shown, table
 from pictures import _save
-from suites import PARTS
+from suites import PARTS, VOTED
 from sweeps_page import interval
 
 Result = dict[str, Any]
@@ -37,7 +37,8 @@ PUBLISHED: dict[str, dict[str, float]] = {
     },
 }  # fmt: skip
 ASKS = {
-    "smile": ("SMILE, pooled by example", "nothing"),
+    VOTED: ("SMILE, `pool: model`", "nothing"),
+    "smile": ("SMILE, by example, best", "nothing"),
     "average_activation": ("average activation", f"{STATISTICS_ROWS} inputs of each task"),
     "nearest_example": ("nearest example", f"{EXAMPLES} inputs of each task"),
     "retriever": ("retriever", f"{EXAMPLES} inputs of each task"),
@@ -141,7 +142,8 @@ def overview(result: Result) -> str:
         first, best = found["comparisons"][0], chosen(found)
         told = next(each for each in first["results"] if each["method"] == "smile" and each["task"] == "known")
         gaps = [best[method]["recovered_gap"]["mean"] if method in best else None for method in (*merges, "smile")]
-        gaps += [found["routers"][m]["recovered_gap"]["value"] if m in found["routers"] else None for m in ASKS]
+        own = found.get("routers", {})
+        gaps += [own[method]["recovered_gap"]["value"] if method in own else None for method in ASKS]
         gaps += [told["recovered_gap"]["value"]]
         rows.append([name, *("–" if gap is None else percent(gap) for gap in gaps)])
     names = [title for title, _ in ASKS.values()]
@@ -177,8 +179,9 @@ def part(name: str, found: Result) -> str:
         f" (the experts' gate subspaces overlap by {overlap[0]:.3f}; by chance {overlap[1]:.3f}):" if overlap else ":"
     )
     parts = [text, table(head, rows_of(found)), about, ladder(found)]
-    parts += ["Routers on the first set of experts, the task not known, at what is best on validation rows:"]
-    parts += [routers(found)]
+    if found.get("routers"):
+        about = "Routers on the first set of experts, the task not known, at what is best on validation rows:"
+        parts += [about, routers(found)]
     if (given["suite"], given["experts"]) == ("text8", "full"):
         parts += ["Beside what is published of other models and tasks:", beside_published(found)]
     return "\n\n".join(parts)

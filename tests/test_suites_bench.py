@@ -29,7 +29,7 @@ def test_gates_and_methods_reach_the_page(tmp_path: Path, monkeypatch: pytest.Mo
     tasks = suite.tasks()
     suite = replace(suite, tasks=lambda test: tuple(replace(task, test=task.test.head(test)) for task in tasks))
     part = suites.Part(
-        "small", "full", ("average", "smile"), ("smile", "average_activation"), rows=16, validation_rows=8
+        "small", "full", ("average", "smile"), ("smile", suites.VOTED, "average_activation"), rows=16, validation_rows=8
     )
     parts = {"one": part, "three": replace(part, seeds=2), "ungated": replace(part, gated=False)}
     monkeypatch.setattr(suites, "find_suite", lambda name: suite)
@@ -63,9 +63,9 @@ def test_gates_and_methods_reach_the_page(tmp_path: Path, monkeypatch: pytest.Mo
     suites_page.render(tmp_path, page)
     for name, row in zip(parts, (tmp_path / "choosing.md").read_text().splitlines()[4:7], strict=True):
         cells = row.strip("| ").split(" | ")
-        assert cells[0] == name and cells.count("–") == 6
+        assert cells[0] == name and cells.count("–") == 6 and cells[6] != "–"
         found = result[name]["routers"]["average_activation"]
-        assert cells[7] == f"{100 * found['recovered_gap']['value']:.1f}" and found["parameters"]["rank"] == 32
+        assert cells[8] == f"{100 * found['recovered_gap']['value']:.1f}" and found["parameters"]["rank"] == 32
     text = page.read_text()
     assert "stale" not in text and text.startswith("above") and text.endswith("last")
     assert all(f"## {name}" in text for name in parts)
