@@ -8,10 +8,11 @@ from contextlib import contextmanager
 import pytest
 import routed
 import torch
+from transformers import AlbertConfig, AlbertModel
 
 import coterie
 from coterie.errors import CoterieError
-from zoo import base_model, fine_tune, save
+from zoo import base_model, fine_tune, make_adapter, save
 
 LENGTHS = torch.tensor([4, 3, 4])
 GATE = 2
@@ -172,6 +173,43 @@ def test_one_expert_and_named_ones(made, tmp_path):
     with torch.no_grad(), one.coterie.route("task"):
         named = one(**given).logits
     torch.testing.assert_close(one(**asked(made, given)).logits, named, atol=1e-5, rtol=1e-5)
+
+
+def test_an_expert_that_no_layer_could_vote_for_is_refused(made, tmp_path):
+    layers = {"llama": ("*q_proj", "*up_proj"), "bert": ("*query", "*value")}[made.arch]
+    adapters = {"a": layers[:1], "b": layers[:1], "c": layers[1:]}
+    for seed, (name, targets) in enumerate(adapters.items()):
+        make_adapter(made.root / "base", tmp_path / name, seed, 2, [t[1:] for t in targets], arch=made.arch)
+    experts = {name: str(tmp_path / name) for name in adapters}
+    recipe = {"method": "smile", "base": str(made.base), "experts": experts, "out": tmp_path / "mixture"}
+    with pytest.raises(CoterieError, match="expert 'c': is in none of the layers that vote, those with 2 experts"):
+        coterie.build(parameters={"pool": "model"}, **recipe)
+    assert not (tmp_path / "mixture").exists()
+
+
+def test_a_layer_that_stands_in_several_blocks_votes_in_each(tmp_path):
+    sizes = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+    config = AlbertConfig(vocab_size=64, embedding_size=16, **sizes)
+    model = AlbertModel(config).eval()
+    save(model, tmp_path / "base")
+    experts = {}
+    for seed, name in enumerate("ab"):
+        tuned = copy.deepcopy(model)
+        for parameter in tuned.encoder.parameters():
+            parameter.data += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)) / 9
+        experts[name] = str(save(tuned, tmp_path / name))
+    coterie.build(
+        method="smile", base=str(tmp_path / "base"), experts=experts, parameters={"pool": "model", "gate_rank": GATE},
+        out=tmp_path / "mixture",
+    )  # fmt: skip
+    mixture, seen = coterie.load(tmp_path / "mixture"), []
+    forward = mixture.coterie._forward
+    by_votes = forward._by_votes
+    forward._by_votes = lambda before: seen.append(before.votes) or by_votes(before)
+    with torch.no_grad():
+        mixture(**routed.batch())
+    counts = {int(votes.sum()) for votes in seen[0].values() if votes is not None}
+    assert 9 in counts and max(counts) == 9  # three examples, three blocks
 
 
 def test_an_encoder_decoder_is_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -89,6 +90,8 @@ def sort(inputs: Inputs, missing: set[str], seen: Probe | None) -> Prepared:
     if mixture.statistics is not None:
         found = find(mixture.statistics, inputs, sites.layers)
     own: dict[str, Any] = {} if found is None else found.options
+    if mixture.routing.pool == "model":
+        _require_votes(inputs, sites.layers)
     if mixture.routing.score == "signal":
         glob = mixture.routing.score_options["layer"]
         if not any(fnmatchcase(path, glob) for path in sites.layers):
@@ -96,6 +99,19 @@ def sort(inputs: Inputs, missing: set[str], seen: Probe | None) -> Prepared:
         own = {"weights": [expert.weight for expert in inputs.experts]}
     routing = replace(mixture.routing, score_options={**mixture.routing.score_options, **own})
     return Prepared(inputs, method, parameters, replace(mixture, routing=routing), sites, siblings, found)
+
+
+def _require_votes(inputs: Inputs, layers: Sequence[str]) -> None:
+    """Layers that have the most experts vote: refuse an expert that is in none of them, which would never answer."""
+    held = {path: {expert.name for expert in inputs.experts if expert.rank_bound(path) != 0} for path in layers}
+    most = max(map(len, held.values()))
+    voted = set[str]().union(*(names for names in held.values() if len(names) == most))
+    if missing := [expert.name for expert in inputs.experts if expert.name not in voted]:
+        raise CoterieError(
+            f"is in none of the layers that vote, those with {most} experts, and would never answer",
+            f"expert {missing[0]!r}",
+            "combine adapters of the same layers, or set pool to token, sequence or prompt",
+        )
 
 
 def _require_module(inputs: Inputs, path: str, names: set[str]) -> None:

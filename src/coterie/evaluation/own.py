@@ -250,8 +250,8 @@ def _loaded(path: Path, folder: str) -> Any:
     if kind == "csv":
         from pandas import read_csv  # type: ignore[import-untyped]
 
-        texts = Features(dict.fromkeys(read_csv(path, nrows=0).columns, Value("string")))
-        return load(features=texts, keep_default_na=False, na_values=[""])
+        texts = Features(dict.fromkeys(read_csv(path, nrows=0, index_col=False).columns, Value("string")))
+        return load(features=texts, keep_default_na=False, na_values=[""], index_col=False)
     if kind == "parquet":
         return load()
     load = partial(load, chunksize=path.stat().st_size + 1)  # in one, else the first chunk's kinds are the others' too

@@ -189,7 +189,7 @@ class Forward:
             if given is not None:  # else the pass did not come by this layer
                 votes[:, list(self._voters[number])] += given.to(votes.device)
         most, best = (each[:, : self.routing.k] for each in votes.sort(dim=-1, descending=True, stable=True))
-        gates = torch.zeros_like(votes).scatter(-1, best, most / most.sum(-1, keepdim=True))
+        gates = torch.zeros_like(votes).scatter(-1, best, most / most.sum(-1, keepdim=True).clamp(min=1))
         return gates[:, None, None]
 
     def _disagreement(self, output: Any, call: Call, labels: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor:

@@ -84,7 +84,8 @@ class _Mixture(nn.Module):
         if call is not None and call.watched == self.index:
             call.seen = x
         if call is not None and call.votes is not None and self.index in call.votes:
-            call.votes[self.index] = vote(self, x, call)
+            before = call.votes[self.index]  # where a layer stands in several blocks
+            call.votes[self.index] = vote(self, x, call) if before is None else before + vote(self, x, call)
         if (call is not None and call.off) or (self.context.weights is not None and not any(self.context.weights)):
             return cast(torch.Tensor, super().forward(x))
         bank, context = self.bank, self.context

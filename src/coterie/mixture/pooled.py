@@ -273,7 +273,7 @@ def _decision(layer: Any, rows: Tensor, call: Call) -> Decision:
     if router.score.reads == "call":
         return router.decide(None, None, call, layer.index)
     if call.gates is not None:  # the layers' votes
-        gates = call.gates[:, 0, 0, list(candidates)]
+        gates = call.gates[:, 0, 0, list(candidates)].to(rows.device)
         if router.routing.combine == "factors":
             return Decision(len(candidates), None, gates)
         return Decision(len(candidates), *gates.topk(min(router.routing.k, len(candidates)))[::-1])
