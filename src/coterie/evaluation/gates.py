@@ -118,12 +118,10 @@ def task_probe(reader: Reader, tasks: Sequence[Task], rows: int = 1000) -> float
 
 
 def gates_sheet(suite: str, tasks: Sequence[Task], gates: Gates) -> Sheet:
-    rows = [
-        [row, *(shown(s, t.metric) for s, t in zip(getattr(gates, row), tasks, strict=True))]
-        for row in ("base", "expert", "merged", "truncated")
-    ]
+    columns = ("base", "expert", "merged", "truncated")
+    rows = [[task.name, *(shown(getattr(gates, c)[i], task.metric) for c in columns)] for i, task in enumerate(tasks)]
     return Sheet(
-        f"{suite}: gates", ["", *(task.name for task in tasks)], rows,
+        f"{suite}: gates", ["", *columns], rows,
         f"best scale {gates.scale:.3f} recovers {percent(gates.recovered)}%; rank {RANK} under oracle routing keeps "
         f"{percent(gates.kept)}%; task probe {percent(gates.probe)}%",
     )  # fmt: skip
