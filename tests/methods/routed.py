@@ -9,11 +9,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import coterie
+from coterie.errors import CoterieError
 from zoo import base_model, make_adapter, save
 
 NAMES = ["task", "general", "same"]
@@ -105,6 +107,30 @@ def close_where_it_counts(ours: Tensor, theirs: Tensor, mask: Tensor, tolerance:
     """Logits (batch, tokens, classes), or (batch, classes), agree on what is no padding."""
     kept = mask.bool() if ours.ndim == 3 else slice(None)
     torch.testing.assert_close(ours[kept].double(), theirs[kept].double(), atol=tolerance, rtol=tolerance)
+
+
+def decides_by_the_prompt_alone(mixture: Any) -> None:
+    """Of a causal model: what comes later changes nothing before, and cached steps are as the whole text at once."""
+    ids = batch()["input_ids"][:1]
+    changed = ids.clone()
+    changed[0, 5] = 7
+    prompt = {"prompt_lengths": torch.tensor([4])}
+    a, b = mixture(input_ids=ids, **prompt).logits, mixture(input_ids=changed, **prompt).logits
+    torch.testing.assert_close(a[:, :5], b[:, :5], atol=1e-6, rtol=1e-6)
+    assert (a[:, 5:] - b[:, 5:]).abs().max() > 1e-4
+
+    given = batch(side="left")
+    how = {"output_logits": True, "return_dict_in_generate": True}
+    written = mixture.generate(**given, max_new_tokens=4, do_sample=False, **how)
+    for row in range(3):
+        own = given["input_ids"][row : row + 1, row:]
+        for step in range(4):
+            more = written.sequences[row, 7 : 7 + step][None]
+            out = mixture(input_ids=torch.cat([own, more], 1), prompt_lengths=torch.tensor([own.shape[1]]))
+            torch.testing.assert_close(out.logits[0, -1], written.logits[step][row], atol=1e-5, rtol=1e-5)
+    assert mixture.generate(**given, max_new_tokens=3, num_beams=2, do_sample=False).shape == (3, 10)
+    with pytest.raises(CoterieError, match="does not say where it ends"):
+        mixture(**given)
 
 
 def encoder(texts: Any) -> Tensor:

@@ -111,26 +111,7 @@ def test_after_the_prompt_nothing_decides(made, tmp_path):
     if made.arch != "llama":
         pytest.skip("writes nothing")
     mixture = routed.build(made, "logo", tmp_path / "mixture", layer="*q_proj")
-    ids = routed.batch()["input_ids"][:1]
-    changed = ids.clone()
-    changed[0, 5] = 7
-    prompt = {"prompt_lengths": torch.tensor([4])}
-    a, b = mixture(input_ids=ids, **prompt).logits, mixture(input_ids=changed, **prompt).logits
-    torch.testing.assert_close(a[:, :5], b[:, :5], atol=1e-6, rtol=1e-6)
-    assert (a[:, 5:] - b[:, 5:]).abs().max() > 1e-4
-
-    given = routed.batch(side="left")
-    how = {"output_logits": True, "return_dict_in_generate": True}
-    written = mixture.generate(**given, max_new_tokens=4, do_sample=False, **how)
-    for row in range(3):
-        own = given["input_ids"][row : row + 1, row:]
-        for step in range(4):
-            more = written.sequences[row, 7 : 7 + step][None]
-            out = mixture(input_ids=torch.cat([own, more], 1), prompt_lengths=torch.tensor([own.shape[1]]))
-            torch.testing.assert_close(out.logits[0, -1], written.logits[step][row], atol=1e-5, rtol=1e-5)
-    assert mixture.generate(**given, max_new_tokens=3, num_beams=2, do_sample=False).shape == (3, 10)
-    with pytest.raises(CoterieError, match="does not say where it ends"):
-        mixture(**given)
+    routed.decides_by_the_prompt_alone(mixture)
 
 
 def test_refusals_and_one_expert(made, tmp_path):
