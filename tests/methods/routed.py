@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -107,6 +107,18 @@ def close_where_it_counts(ours: Tensor, theirs: Tensor, mask: Tensor, tolerance:
     """Logits (batch, tokens, classes), or (batch, classes), agree on what is no padding."""
     kept = mask.bool() if ours.ndim == 3 else slice(None)
     torch.testing.assert_close(ours[kept].double(), theirs[kept].double(), atol=tolerance, rtol=tolerance)
+
+
+def alone(
+    given: dict[str, Tensor], together: Tensor, lengths: Tensor | None
+) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """Each row of a batch padded on the right as a call of its own, with its prompt's length where it has one; and what
+    the batch gave for it."""
+    for row in range(len(together)):
+        length = int(given["attention_mask"][row].sum())
+        one = {"input_ids": given["input_ids"][row : row + 1, :length]}
+        more = {} if lengths is None else {"prompt_lengths": lengths[row : row + 1]}
+        yield one | more, together[row, :length] if together.ndim == 3 else together[row]
 
 
 def decides_by_the_prompt_alone(mixture: Any) -> None:

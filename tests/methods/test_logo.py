@@ -98,13 +98,8 @@ def test_batch_mates_and_padding(made, tmp_path):
     mixture = routed.build(made, "logo", tmp_path / "mixture", layer=LAYER[made.arch])
     given = routed.batch()
     together = mixture(**asked(made, given)).logits
-    for row in range(3):
-        length = int(given["attention_mask"][row].sum())
-        one = {"input_ids": given["input_ids"][row : row + 1, :length]}
-        more = {"prompt_lengths": LENGTHS[row : row + 1]} if made.arch == "llama" else {}
-        alone = mixture(**one, **more).logits[0]
-        mine = together[row, :length] if together.ndim == 3 else together[row]
-        torch.testing.assert_close(alone, mine, atol=1e-5, rtol=1e-5)
+    for one, mine in routed.alone(given, together, LENGTHS if made.arch == "llama" else None):
+        torch.testing.assert_close(mixture(**one).logits[0], mine, atol=1e-5, rtol=1e-5)
 
 
 def test_after_the_prompt_nothing_decides(made, tmp_path):

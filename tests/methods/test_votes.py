@@ -116,14 +116,10 @@ def test_batch_mates_padding_and_dense_speed(made, tmp_path):
     given = routed.batch()
     with torch.no_grad():
         together = mixture(**asked(made, given)).logits
-        for row in range(3):
-            length = int(given["attention_mask"][row].sum())
-            one = {"input_ids": given["input_ids"][row : row + 1, :length]}
-            more = {"prompt_lengths": LENGTHS[row : row + 1]} if made.arch == "llama" else {}
-            mine = together[row, :length] if together.ndim == 3 else together[row]
+        for one, mine in routed.alone(given, together, LENGTHS if made.arch == "llama" else None):
             for path in ("auto", "merged"):
                 with mixture.coterie.use_path(path):
-                    torch.testing.assert_close(mixture(**one, **more).logits[0], mine, atol=1e-5, rtol=1e-5)
+                    torch.testing.assert_close(mixture(**one).logits[0], mine, atol=1e-5, rtol=1e-5)
 
 
 def test_save_and_load(made, tmp_path):

@@ -104,7 +104,7 @@ def sort(inputs: Inputs, missing: set[str], seen: Probe | None) -> Prepared:
 def _require_votes(inputs: Inputs, layers: Sequence[str]) -> None:
     """Layers that have the most experts vote: refuse an expert that is in none of them, which would never answer."""
     held = {path: {expert.name for expert in inputs.experts if expert.rank_bound(path) != 0} for path in layers}
-    most = max(map(len, held.values()))
+    most = max(map(len, held.values()), default=0)
     voted = set[str]().union(*(names for names in held.values() if len(names) == most))
     if missing := [expert.name for expert in inputs.experts if expert.name not in voted]:
         raise CoterieError(
