@@ -29,14 +29,12 @@ from coterie.evaluation.tables import plain
 from coterie.evaluation.train import quiet
 from coterie.options import cache_directory
 from routers import RESULTS, compact
-from sweeps import account
+from sweeps import VOTED, account
 from timing import machine, versions
 
 HEADLINE = ("average", "task_arithmetic", "ties", "tsv_m", "smile")
 SPECTRAL = ("iso_c", "svc", "subspace_boosting")
 OF_ADAPTERS = ("core_space", "knots")
-VOTED = "smile by vote"
-"""SMILE by the layers' vote, and else at its defaults: nothing is chosen."""
 ROUTERS = ("smile", VOTED, "average_activation", "nearest_example", "retriever")
 POOLED = [{"pool": pool, "gate_rank": gate_rank} for pool in ("sequence", "model") for gate_rank in (4, 16, 32)]
 """SMILE with one decision for an example, in each layer or by the layers' vote, as the other routers may choose."""

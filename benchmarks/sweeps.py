@@ -47,11 +47,13 @@ SCALES = [{"scale": scale} for scale in (0.1, 0.2, 0.3, 0.6, 1.0)]
 GRIDS: dict[str, list[dict[str, Any]]] = {
     "task_arithmetic": SCALES,
     "ties": SCALES,
-    "tsv_m": [],
+    "tsv_m": SCALES,
     "smile": [{"rank": 16, "gate_rank": gate} for gate in (2, 4, 8, 16)],
     "retriever": [{"combine": "selection"}],
 }
 """What each method chooses from on validation rows, for every number of experts anew."""
+VOTED = "smile by vote"
+"""SMILE by the layers' vote, and else at its defaults: nothing is chosen."""
 
 
 class Bench:
@@ -116,8 +118,10 @@ def decay(bench: Bench) -> Iterator[dict[str, Any]]:
     for count in COUNTS:
         tasks = every[:count]
         some = {task.name: directories[task.name] for task in tasks}
-        comparison = bench.comparer(reader, tasks).compare(TITLES["lora"], some, METHODS, GRIDS, 0, whole=False)
-        found = {name: account(comparison, name) for name in ("base", *METHODS)}
+        comparer = bench.comparer(reader, tasks)
+        comparison = comparer.compare(TITLES["lora"], some, METHODS, GRIDS, 0, whole=False)
+        voted = comparer.compare(TITLES["lora"], some, ["smile"], {"smile": [{"pool": "model"}]}, 0, whole=False)
+        found = {name: account(comparison, name) for name in ("base", *METHODS)} | {VOTED: account(voted, "smile")}
         for name, row in found.items():
             print(f"{count} experts, {name}: {row['normalised']['value']:.3f}", flush=True)
         yield {"count": count, "tasks": comparison.tasks, "expert": comparison.ladder["expert"], "methods": found}
@@ -126,8 +130,8 @@ def decay(bench: Bench) -> Iterator[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("full", "lora", "decay"), help="one part; the others are kept as they are")
-    parser.add_argument("--rows", type=int, default=250, help="test rows of each task")
-    parser.add_argument("--validation-rows", type=int, default=50)
+    parser.add_argument("--rows", type=int, default=1000, help="test rows of each task")
+    parser.add_argument("--validation-rows", type=int, default=100)
     parser.add_argument("--cache", type=Path, default=cache_directory())
     parser.add_argument("--out", type=Path, default=RESULTS / "sweeps.json")
     options = parser.parse_args()

@@ -149,7 +149,7 @@ def decay(result: Result, picture: str) -> str:
     return "\n\n".join(
         (
             f"The first tasks of `text20`, LoRA adapters of rank 16, {about['rows']} test rows a task, one seed. What "
-            "a method has to choose (scales, but for TSV-M, which stands at 1; SMILE's gate rank) is chosen on "
+            "a method has to choose (scales, SMILE's gate rank, how mean activations are pooled) is chosen on "
             f"{about['validation_rows']} validation rows a task, for each number of experts anew. "
             f"Command: `python benchmarks/sweeps.py --only decay`. Measured with {shown(about['versions'])}.",
             f"![Normalised accuracy over the number of experts]({picture})",
