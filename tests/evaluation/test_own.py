@@ -24,6 +24,7 @@ pytest.importorskip("datasets")
 import coterie
 from coterie.cli import app
 from coterie.errors import CoterieError
+from coterie.evaluation.causal import CausalReader
 from coterie.evaluation.compare import compare
 from coterie.evaluation.evaluate import evaluate, sheet
 from coterie.evaluation.own import read
@@ -384,6 +385,29 @@ def test_perplexity_of_answers(lacking: list[str], start: int, tmp_path: Path) -
         wanted["texts"].append(loss([start], [*prompt, *answer, 3][:5]))
     found = evaluate(tmp_path / "s.yaml", cache=tmp_path)["models"][0]["values"]
     assert found == pytest.approx({name: np.exp(np.mean(each)) for name, each in wanted.items()}, rel=1e-4)
+
+
+def test_a_vote_on_the_prompt_answers(tmp_path: Path) -> None:
+    """Each row's prompt decides, as if it stood alone; a whole text has no prompt to decide by."""
+    base = base_model("llama")
+    language_model(tmp_path)
+    experts = {name: fine_tune(base, seed, scale=0.3) for seed, name in enumerate("xyz")}
+    mixture: Any = coterie.smile(base, experts, rank=4, gate_rank=2, pool="model")
+    rows = (("a b c d", "b h k n p q", "z y", "m n o p q r s"), ("w1 w2", "w3", "w4 w5 w6", "w7"))
+    reader, split = CausalReader(tmp_path), Split(rows[0], rows[1])
+    task = Task("t", (), split, split, split, metric="perplexity")
+    ids, labels = reader.labelled(split)
+    wanted, decided = [], set()
+    for row, label in zip(ids, labels, strict=True):
+        length = torch.tensor([label.count(-100)])
+        with torch.no_grad(), coterie.routing_trace(mixture) as trace:
+            logits = mixture(torch.tensor([row]), prompt_lengths=length).logits[0].double().log_softmax(-1)
+        decided |= {int(gates[0].argmax()) for gates in trace.values()}
+        wanted.append(-np.mean([float(logits[i - 1, token]) for i, token in enumerate(row) if label[i] != -100]))
+    assert len(decided) > 1
+    assert reader.scores(mixture, task, split) == pytest.approx(np.array(wanted), rel=1e-5)
+    with pytest.raises(CoterieError, match="where it ends"):
+        reader.scores(mixture, task, Split(rows[0], np.zeros(4)))
 
 
 @pytest.mark.parametrize("lacking", [[], ["bos_token", "pad_token"]])

@@ -14,7 +14,9 @@ from ..options import Cache, Json, Out, cache_directory, terminal
 def compare(
     suite: Annotated[str, typer.Argument(help="text8, text20, vision8, lm4, a group (text8:control), or a YAML.")],
     out: Out,
-    methods: Annotated[str, typer.Option(help="Mixtures and merges by name, with commas between, or all.")] = "all",
+    methods: Annotated[
+        str, typer.Option(help="Mixtures and merges by name, with commas between, or all (which takes hours).")
+    ] = "average,task_arithmetic,ties,tsv_m,smile",
     experts: Annotated[
         str | None,
         typer.Option(help="full, lora (one seed for all), lora-seeds (a seed each), or committed: the suite's own."),
@@ -22,8 +24,8 @@ def compare(
     seeds: Annotated[int, typer.Option(min=1, help="Sets of experts to train.")] = 1,
     rows: Annotated[int | None, typer.Option(min=1, help="Test rows of each task, at most.")] = None,
     validation_rows: Annotated[
-        int | None, typer.Option(min=1, help="Rows of each task that parameters are chosen on, at most.")
-    ] = None,
+        int, typer.Option(min=1, help="Rows of each task that parameters are chosen on, at most.")
+    ] = 200,
     tiny: Annotated[bool, typer.Option("--tiny", help="A few rows and steps, to see that all of it runs.")] = False,
     cache: Cache = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",

@@ -31,7 +31,7 @@ def compare(
     experts: str | None = None,
     seeds: int = 1,
     rows: int | None = None,
-    validation_rows: int | None = None,
+    validation_rows: int | None = 200,
     tiny: bool = False,
     cache: str | Path,
     device: str = "cpu",
@@ -52,7 +52,7 @@ def compare(
             brings along. Default: the suite's own, if it trains none; else "full".
         seeds: sets of experts to train; their spread is reported.
         rows: test rows of each task, at most; default: the suite's own number.
-        validation_rows: the same of the rows that parameters are chosen on.
+        validation_rows: the same of the rows that parameters are chosen on; None for all.
         tiny: a few rows and steps, to see that all of it runs.
         cache: directory of trained experts and finished cells.
         device: torch device.
