@@ -30,7 +30,8 @@ import torch
 from torch import Tensor, nn
 
 import neighbours
-from cells import ITEM, NEIGHBOURS, REFERENCE, Cell, by_bank, code_version, costs, default_cells, goals, grid
+from cells import ITEM, KERNEL, NEIGHBOURS, REFERENCE, Cell, by_bank, code_version, costs, default_cells, goals, grid
+from coterie.errors import CoterieError
 from subjects import PROMPT, Inputs, Subject, inputs_of, right_output, share_right
 from timing import Variant, last_level_cache, machine, native_bfloat16, side_by_side, versions
 
@@ -145,6 +146,16 @@ def chosen_paths(call: Callable[[], Tensor]) -> dict[str, int]:
     return dict(seen)
 
 
+@contextlib.contextmanager
+def switched_on() -> Iterator[None]:
+    """As with COTERIE_NATIVE=1."""
+    from coterie.mixture import native
+
+    native.kernel()
+    with mock.patch.object(native, "enabled", lambda: True):
+        yield
+
+
 def variants_of(cell: Cell, subject: Subject, inputs: Inputs, copies: int, reference: bool) -> list[Variant]:
     """The dense base, coterie, its forced paths where they apply, and the neighbour."""
     none, handle = contextlib.nullcontext, subject.mixture.coterie
@@ -154,6 +165,9 @@ def variants_of(cell: Cell, subject: Subject, inputs: Inputs, copies: int, refer
         with contextlib.suppress(ValueError), handle.use_path(path):  # merged needs one decision for the call
             ours()
             found.append(Variant(path, ours, partial(handle.use_path, path)))
+    with contextlib.suppress(CoterieError), switched_on():  # where there is no C++ compiler
+        if "native" in chosen_paths(ours):
+            found.append(Variant(KERNEL, ours, switched_on))
     if cell.model and cell.method == "smile" and cell.experts > 1:
         found.append(Variant("unshared", ours, partial(unshared, subject.mixture)))
     if cell.method in NEIGHBOURS:

@@ -127,7 +127,7 @@ class Subject:
         self.factors = {path: factors.cut(cell.rank) for path, factors in whole.items()}
         experts = {name: self._expert(i, whole) for i, name in enumerate(self.names)}
         self.mixture: Any = coterie.smile(
-            self.dense, experts, rank=cell.rank, gate_rank=cell.gate_rank, top_k=cell.top_k
+            self.dense, experts, rank=cell.rank, gate_rank=cell.gate_rank, top_k=cell.top_k, pool=cell.pool
         )
 
     @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,28 @@ def test_goals_follow_the_shape() -> None:
     assert goals(Cell(model="bert"), cost, ratios, True)[0]["limit"] == 1.35
 
 
+def test_goals_are_asked_of_the_compiled_kernel_too() -> None:
+    from cells import Cell, goals
+
+    cost, ratios = {"theory": 0.1, "bytes_ratio": 1.5}, {"coterie": 1.21, "fusion-bench": 1.3}
+    kept = {goal["goal"]: (goal["met"], goal["met_compiled"]) for goal in goals(Cell(768, 3072), cost, ratios, True)}
+    both = goals(Cell(768, 3072), cost, {**ratios, "compiled": 1.15}, True)
+    found = {goal["goal"]: (goal["met"], goal["met_compiled"]) for goal in both}
+    assert kept["2 x theory"] == (False, False) and found["2 x theory"] == (False, True)
+    share = next(goal for goal in both if goal["goal"] == "reference's overhead / 2.5")
+    assert share["compiled"] == pytest.approx(0.5) and not share["met_compiled"]
+
+
+def test_a_vote_costs_a_pass_of_the_base() -> None:
+    from cells import Cell, costs
+
+    linears = [(768, 768, True), (768, 768, False)]
+    once, voted = (costs(Cell(model="bert", method=method), linears)["theory"] for method in ("smile", "vote"))
+    assert voted == pytest.approx(1 + once)
+    decided = costs(Cell(model="llama", method="vote", tokens=1), linears)["theory"]
+    assert decided == pytest.approx(32 * (768 + 768) / (2 * 768 * 768))
+
+
 @pytest.mark.parametrize(
     ("settings", "neighbour"),
     [
@@ -96,6 +119,7 @@ def test_every_variant_computes_the_same(measure: Any, settings: dict[str, Any],
     account = measure(Cell(48, 64, experts=3, rank=4, tokens=40, **settings))
     assert {"stacked", "grouped"} < set(account["variants"])
     assert ("merged" in account["variants"]) == (settings.get("method") == "task")
+    assert settings or shutil.which("ninja") is None or "compiled" in account["variants"]
     assert neighbour is None or neighbour in account["variants"]
     assert min(account["agreement"].values()) >= 0.9
     assert sum(account["paths"].values()) == 1

@@ -56,7 +56,7 @@ def test_every_point_is_measured_and_reaches_the_page(tmp_path: Path, monkeypatc
     assert "rank 1, oracle routing" in result["full"]["ladder"]
     decay = result["decay"]["points"]
     assert [point["count"] for point in decay] == [1, 2]
-    assert set(decay[1]["methods"]) == {"base", *METHODS}
+    assert set(decay[1]["methods"]) == {"base", *METHODS, sweeps.VOTED}
     assert decay[0]["methods"]["smile"]["routing"] == 1
 
     page = tmp_path / "sweeps.md"
