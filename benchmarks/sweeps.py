@@ -32,7 +32,7 @@ from coterie.options import cache_directory
 from routers import RESULTS, compact
 from timing import machine, versions
 
-CENTRE = {"full": {"rank": 32, "gate_rank": 16, "top_k": 1}, "lora": {"rank": 16, "gate_rank": 4, "top_k": 1}}
+CENTRE = {"full": {"rank": 32, "gate_rank": 16, "top_k": 1}, "lora": {"rank": 16, "gate_rank": 16, "top_k": 1}}
 AXES = {
     "full": {
         "rank": (4, 8, 16, 32, 64, 128),
