@@ -401,4 +401,5 @@ def main() -> None:
         sys.stderr.write(f"coterie: error: {' '.join(str(error).split())}\n")
         sys.exit(2)
     except KeyboardInterrupt:
+        sys.stderr.write("coterie: stopped\n")
         sys.exit(130)

@@ -70,3 +70,5 @@ def test_perplexity_by_hand_and_resampled_row_by_row() -> None:
 
 def test_experts_that_gain_nothing_have_no_gap() -> None:
     assert np.isnan(bootstrap(BASE, BASE, BASE)["recovered_gap"].value)
+    lost = bootstrap(METHOD, EXPERT, BASE)["recovered_gap"]  # worse than the base: a loss is no recovery
+    assert np.isnan([lost.value, lost.low, lost.high]).all()

@@ -26,6 +26,7 @@ from coterie.cli import app
 from coterie.errors import CoterieError
 from coterie.evaluation.causal import CausalReader
 from coterie.evaluation.compare import compare
+from coterie.evaluation.comparer import Comparer
 from coterie.evaluation.evaluate import evaluate, sheet
 from coterie.evaluation.own import read
 from coterie.evaluation.suite import Split, Task
@@ -534,3 +535,32 @@ def test_settings_that_a_model_cannot_run_are_not_chosen(tmp_path: Path) -> None
     ways = [each for each in found["comparisons"][0]["results"] if each["method"] == "average_activation"]
     assert len(ways) > 2 and all(each["skill"] and each["parameters"]["pool"] == "token" for each in ways)
     assert "pool sequence is not tried" in text.getvalue()
+
+
+def test_what_decides_by_the_prompt_is_compared_and_looked_into(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To count and to draw its routing, each row's input is the prompt."""
+    base = language_model(tmp_path / "base")
+    experts = {name: save(fine_tune(base_model("llama"), seed), tmp_path / name) for seed, name in enumerate("xy")}
+    rows = "".join(
+        json.dumps({"q": q, "a": a}) + "\n" for q, a in (("a b c", "w1"), ("d e f g", "w2 w3"), ("h i", "w4"))
+    )
+    (tmp_path / "t.jsonl").write_text(rows)
+    splits = dict.fromkeys(("validation", "test"), str(tmp_path / "t.jsonl"))
+    tasks = {name: {**splits, "input": "q", "target": "a", "metric": "perplexity"} for name in experts}
+    suite = {"base": str(base), "reader": "causal", "experts": {n: str(p) for n, p in experts.items()}, "tasks": tasks}
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(suite))
+    voted = {"rank": 4, "gate_rank": 2, "pool": "model"}
+    best = lambda self, way, *rest: way.parameters.get("pool") == "model"  # noqa: E731
+    monkeypatch.setattr(Comparer, "_validation", best)
+    found = compare(tmp_path / "s.yaml", "smile", tmp_path / "out", cache=tmp_path, grids={"smile": [voted]})
+    results = [each for each in found["comparisons"][0]["results"] if each["method"] == "smile"]
+    assert len(results) > 2 and all(each["skill"] for each in results)
+    assert {each["parameters"]["pool"] for each in results} == {"token", "model"}
+    assert 0 <= found["comparisons"][0]["routing"]["smile"][0] <= 1
+    coterie.build(method="smile", base=base, experts=experts, parameters=voted, out=tmp_path / "mixture")
+    page = tmp_path / "p.html"
+    given = ["inspect", str(tmp_path / "mixture"), "--html", str(page), "--suite", str(tmp_path / "s.yaml")]
+    done = CliRunner().invoke(app, [*given, "--cache", str(tmp_path)])
+    assert done.exit_code == 0 and "<h2>The routing</h2>" in page.read_text(encoding="utf-8"), done.exception

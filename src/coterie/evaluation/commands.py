@@ -13,7 +13,9 @@ from ..options import Cache, Json, Out, cache_directory, terminal
 
 def compare(
     suite: Annotated[str, typer.Argument(help="text8, text20, vision8, lm4, a group (text8:control), or a YAML.")],
-    out: Out,
+    out: Annotated[
+        Path, typer.Option("-o", "--out", help="Directory of the results; files of their names in it are replaced.")
+    ],
     methods: Annotated[
         str, typer.Option(help="Mixtures and merges by name, with commas between, or all (which takes hours).")
     ] = "average,task_arithmetic,ties,tsv_m,smile",

@@ -97,9 +97,15 @@ def compare(
         for number, directories in enumerate(sets):
             seed = None if kind == "committed" else number
             comparisons.append(comparer.compare(TITLES[kind], directories, names, grids, seed))
+            if tiny:
+                comparisons[-1].notes.insert(
+                    0, f"tiny: a few rows and steps of {len(tasks)} tasks; it only shows that all runs"
+                )
             results = tables.write(out, suite.name, comparisons)
     for comparison in comparisons:
         console.print(tables.brief(comparison).rich())
+        for note in comparison.notes:
+            console.print(note, markup=False, soft_wrap=True)
     if len(comparisons) > 1:
         console.print(tables.summary_sheet(comparisons).rich())
     return results

@@ -21,7 +21,7 @@ from .cells import Cells
 from .combine import Experts, Way, combined, is_mixture, meaning, ways
 from .ladder import delta, linear_deltas, linear_layers
 from .metrics import Interval, Scores, bootstrap, normalised, skills
-from .reader import Reader, told
+from .reader import Reader, as_prompts, told
 from .suite import Split, Task, digest, fingerprint
 
 ORACLE = "expert of the task"
@@ -170,7 +170,7 @@ class Comparer:
             return Result(**given, skill=skills(scores, self.metrics).tolist(), **keeps)
 
         oracle = result(expert, method=ORACLE, task="known", ratio=float(len(directories)))
-        results, notes = [result(base, method="base"), oracle], list(self._notes())
+        results, notes = [result(base, method="base"), oracle], list(self._notes(base, expert))
         matrix: dict[str, list[float]] = {}
         if whole:
             best, matrix = self._single(experts, expert_validation)
@@ -363,7 +363,9 @@ class Comparer:
             if strange:
                 raise CoterieError(f"{who}: {strange}", "compare", "look at that model's weights; all else is kept")
 
-    def _notes(self) -> Iterable[str]:
+    def _notes(self, base: Scores, expert: Scores) -> Iterable[str]:
+        if np.sum(skills(expert, self.metrics) - skills(base, self.metrics)) <= 0:
+            yield "the experts are no better than the base on these rows: there is no gap to recover"
         for task in self.tasks:
             if task.metric in ("accuracy", "f1"):
                 seen = {name: len(np.unique(self._rows(task, name).targets)) for name in ("test", "validation")}
@@ -403,7 +405,7 @@ def routed_share(reader: Reader, model: nn.Module, expert: int, split: Split) ->
         mask = batch["attention_mask"].bool() if "attention_mask" in batch else None
         known = told(model, (split.inputs[row] for row in rows), getattr(reader, "encoder", None))
         with known, coterie.routing_trace(model) as trace:
-            model(**batch)
+            model(**as_prompts(model, batch))
         for gates in trace.values():
             chosen = gates.argmax(-1)
             tokens = chosen.shape[1] > 1 if mask is None else chosen.shape == mask.shape

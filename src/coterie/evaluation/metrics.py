@@ -96,8 +96,11 @@ def normalised_skill(method: np.ndarray, expert: np.ndarray) -> np.ndarray:
 
 
 def recovered(method: np.ndarray, base: np.ndarray, expert: np.ndarray) -> np.ndarray:
-    """(...) sum_t(skill_method - skill_base) / sum_t(skill_expert - skill_base), from (..., T) skills."""
-    return (method - base).sum(-1) / (expert - base).sum(-1)
+    """(...) sum_t(skill_method - skill_base) / sum_t(skill_expert - skill_base), from (..., T) skills; NaN where the
+    experts gain nothing: what is worse than the base would recover more than what is better."""
+    gap = (expert - base).sum(-1)
+    share: np.ndarray = np.where(gap > 0, (method - base).sum(-1) / gap, np.nan)
+    return share
 
 
 def normalised(method: Scores, expert: Scores, metrics: Sequence[str] | None = None) -> float:

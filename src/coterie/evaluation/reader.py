@@ -96,3 +96,14 @@ def told(
         )
     standing: AbstractContextManager[None] = handle.retrieve(rows, encoder)
     return standing
+
+
+def as_prompts(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    """What a model is called with to see its routing: where it writes and its routers decide by the prompt, each row is
+    one."""
+    from ..mixture.kinds import is_causal
+
+    handle = getattr(model, "coterie", None)
+    if handle is None or handle.spec.routing.pool not in ("prompt", "model") or not is_causal(model):
+        return batch
+    return {"prompt_lengths": batch["attention_mask"].sum(1), **batch}

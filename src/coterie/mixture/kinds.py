@@ -22,7 +22,7 @@ def check_routing(model: Any, routing: Any) -> None:
         raise CoterieError(
             f"its routers would look ahead in a {type(model).__name__}, which writes token after token",
             "pool" if routing.combine != "slots" else "method",
-            'use pool "prompt" or "segment": parameters={"pool": "prompt"}'
+            'use pool "prompt" (`coterie methods` lists what else a method has)'
             if routing.combine != "slots"
             else "use it in encoders alone",
         )

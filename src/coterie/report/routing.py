@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CoterieError
-from ..evaluation.reader import told
+from ..evaluation.reader import as_prompts, told
 from ..mixture.trace import routing_trace
 
 # An expert is dead below this share of its fair share 1/E of the gates, and dominant above this multiple of it (or,
@@ -213,7 +213,8 @@ def record(
         tasks: (name, the expert made for it or None, batches). A batch holds what the model is called with: tensors
             that begin with the rows; and perhaps their `texts`, for a mixture that retrieves experts by them, or what
             else the rows are read from and its `encoder` (see `told`). Tokens that its `attention_mask` (batch, tokens)
-            hides do not count in layers that see exactly these tokens, `decoder_attention_mask` likewise.
+            hides do not count in layers that see exactly these tokens, `decoder_attention_mask` likewise. Where the
+            routers of a model that writes decide by the prompt, a row is one, unless `prompt_lengths` says otherwise.
         examples: how many rows of each task are kept token by token, where batches hold `input_ids`.
         tell: is told what is being done.
 
@@ -237,7 +238,7 @@ def record(
             known = told(model, batch.get("texts", ()), batch.get("encoder"))
             batch = {key: value.to(model.device) for key, value in batch.items() if key not in ("texts", "encoder")}
             with known, routing_trace(model, scores=True) as trace:
-                model(**batch)
+                model(**as_prompts(model, batch))
             tally.add(batch, trace, pairs)
         if not tally.rows:
             raise CoterieError(f"task {task!r} has no rows", "inspect", "give it at least one")

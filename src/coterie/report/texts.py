@@ -72,14 +72,10 @@ def batches(model: Any, tokenizer: Any, lines: Sequence[str]) -> Iterator[dict[s
     """What the model is called with: padded `input_ids`, their `attention_mask`, and what else the tokenizer gives; and
     the rows' `texts`.
 
-    An encoder-decoder model gets the start of an answer to decode from; to a model that writes, whose routers decide
-    by the prompt, each text is one.
+    An encoder-decoder model gets the start of an answer to decode from.
     """
     import torch
 
-    from ..mixture.kinds import is_causal
-
-    prompted = is_causal(model) and model.coterie.spec.routing.pool in ("prompt", "model")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     for start in range(0, len(lines), BATCH):
@@ -88,8 +84,6 @@ def batches(model: Any, tokenizer: Any, lines: Sequence[str]) -> Iterator[dict[s
         if model.config.is_encoder_decoder:
             begin = model.config.decoder_start_token_id
             batch["decoder_input_ids"] = torch.full((len(batch["input_ids"]), 1), begin)
-        if prompted:
-            batch["prompt_lengths"] = batch["attention_mask"].sum(1)
         yield {**batch, "texts": rows}
 
 
