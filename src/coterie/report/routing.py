@@ -48,8 +48,8 @@ class TaskRouting:
         share: (L, E) mean gates; NaN in layers that were not called.
         hits: (L,) share of tokens whose largest gate is at `expert`; NaN where that is unknown, or not one of several
             candidates.
-        margin: (L,) mean margin of the router; NaN where it had nothing to decide.
-        entropy: (L,) mean entropy of the router, 0 to 1; NaN where it had nothing to decide.
+        margin: (L,) mean margin of the router; NaN where it had nothing to decide, or all layers follow one decision.
+        entropy: (L,) mean entropy of the router, 0 to 1; NaN likewise.
         examples: the first rows.
     """
 
@@ -74,7 +74,7 @@ class RoutingRecord:
         candidates: (L, E) bool, who can answer where.
         tasks: one by one.
         agreement: (L, L) share of tokens for which two layers choose the same expert; NaN where they never see the
-            same tokens.
+            same tokens, or one decision holds for all.
         kappa: (L, L) the same beyond what chance would give.
     """
 
@@ -228,6 +228,8 @@ def record(
     for at, shape in enumerate(spec.layers.values()):
         candidates[at, list(shape.experts)] = True
     pairs = _Pairs(len(layers), len(names))
+    # One decision for all layers has no margin in each, and cannot but agree.
+    apart = spec.routing.pool != "model" and spec.routing.score not in ("prepass", "retrieval")
     done = []
     for task, expert, batches in tasks:
         if expert is not None and expert not in names:
@@ -237,9 +239,9 @@ def record(
             tell(f"{task}: {tally.rows} rows")
             known = told(model, batch.get("texts", ()), batch.get("encoder"))
             batch = {key: value.to(model.device) for key, value in batch.items() if key not in ("texts", "encoder")}
-            with known, routing_trace(model, scores=True) as trace:
+            with known, routing_trace(model, scores=apart) as trace:
                 model(**as_prompts(model, batch))
-            tally.add(batch, trace, pairs)
+            tally.add(batch, trace, pairs if apart else None)
         if not tally.rows:
             raise CoterieError(f"task {task!r} has no rows", "inspect", "give it at least one")
         done.append(tally.result(task))
@@ -280,7 +282,7 @@ class _Tally:
         self.tokens, self.decided, self.hits, self.margin, self.entropy = torch.zeros(5, len(layers)).double()
         self.share = torch.zeros(candidates.shape, dtype=torch.float64)
 
-    def add(self, batch: Batch, trace: Any, pairs: _Pairs) -> None:
+    def add(self, batch: Batch, trace: Any, pairs: _Pairs | None) -> None:
         masks = [batch[key].bool().cpu() for key in ("attention_mask", "decoder_attention_mask") if key in batch]
         self.rows += len(next(iter(batch.values())))
         together: dict[tuple[int, ...], tuple[list[int], list[Tensor]]] = {}
@@ -304,8 +306,9 @@ class _Tally:
                 members, chosen = together.setdefault(tuple(gates.shape[:2]), ([], []))
                 members.append(at)
                 chosen.append(choices)
-        for members, chosen in together.values():
-            pairs.add(members, torch.stack(chosen))
+        if pairs is not None:
+            for members, chosen in together.values():
+                pairs.add(members, torch.stack(chosen))
         if "input_ids" in batch and len(self.examples) < self.wanted:
             self._keep(batch, trace)
 
