@@ -177,7 +177,7 @@ def goals(cell: Cell, cost: dict[str, float], ratios: dict[str, float], native: 
 
     def at_most(what: str, limit: float, measure: Callable[[float], float] = lambda ratio: ratio) -> None:
         figures = {name: measure(ratio) for name, ratio in variants.items()}
-        met = {"met": figures["measured"] <= limit, "met_compiled": list(figures.values())[-1] <= limit}
+        met = {"met" if name == "measured" else "met_compiled": figure <= limit for name, figure in figures.items()}
         found.append({"goal": what, "limit": limit, **figures, **met, "counts": native})
 
     routed = cell.method == "smile" and not cell.backward
