@@ -176,6 +176,20 @@ def test_an_adapter_brings_its_own_head(world: dict[str, Any], tmp_path: Path) -
     assert found["models"][0]["values"] == {"t": 1.0}
 
 
+def test_the_head_of_an_adapter_fits_some_tasks(world: dict[str, Any], tmp_path: Path) -> None:
+    experts = {}
+    for seed, (name, classes) in enumerate({"first": 3, "second": 2}.items()):
+        base = save(base_model("bert", num_labels=classes), tmp_path / f"base-{name}")
+        experts[name] = str(make_adapter(base, tmp_path / name, seed, arch="bert", task_type="SEQ_CLS"))
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump({**world["suite"], "experts": experts}))
+    for models in ([experts["first"]], []):
+        found = evaluate(tmp_path / "s.yaml", models, cache=tmp_path)
+        answer = found["models"][1 if not models else 0]
+        assert answer["values"]["first"] is not None and answer["values"]["second"] is None
+        assert "task 'second' has 2 classes, which needs classifier.weight of [2, " in answer["notes"]["second"]
+        assert "needs classifier.weight of [2, " in sheet(found).caption
+
+
 def test_f1_is_scikit_learns(world: dict[str, Any], tmp_path: Path) -> None:
     metrics = pytest.importorskip("sklearn.metrics")
     from coterie.evaluation.metrics import class_scores, skills

@@ -147,6 +147,14 @@ class ClassifierReader:
                 str(directory),
                 "give a model, or an adapter with its head among the modules to save",
             )
+        for name, needed in model.state_dict().items():
+            if name.split(".")[0] in self.head_names and name in kept and kept[name].shape != needed.shape:
+                raise CoterieError(  # the head of another task: full fine-tunes are told apart by their classes' names
+                    f"task {task.name!r} has {len(task.labels)} classes, which needs {name} of {list(needed.shape)}, "
+                    f"and the adapter's has {list(kept[name].shape)}",
+                    str(directory),
+                    "give an adapter whose head has these classes",
+                )
         model.load_state_dict(kept, strict=False)
         return model.config, {name: getattr(model, name).to(self.device) for name in self.head_names}
 
