@@ -559,6 +559,17 @@ def test_one_method(place: Place):
     assert code == 2 and "did you mean 'ties'?" in err
 
 
+@pytest.mark.parametrize(
+    "command", [("compare", "text8"), ("eval", "text8"), ("eval", "base", "--lm-eval", "t"), ("demo",)]
+)
+def test_a_device_that_cannot_be_used(place: Place, command: tuple[str, ...]):
+    before, out = place.listing(), [] if command[0] == "eval" else ["-o", str(place.root / "out")]
+    for device in ("foo", "cuda:99"):
+        code, _, err = place.run(*command, *out, "--cache", str(place.root / "cache"), "--device", device)
+        assert code == 2 and f"device {device!r} cannot be used" in err and err.count("\n") == 1
+    assert place.listing() == before
+
+
 def test_texts_for_a_mixture_that_routes_nothing(place: Place):
     (place.root / "recipe.yaml").write_text(yaml.safe_dump(place.recipe(method="emr", parameters={})))
     code, _, err = place.run("build", str(place.root / "recipe.yaml"), "-o", str(place.root / "out"))

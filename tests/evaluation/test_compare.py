@@ -17,7 +17,7 @@ from safetensors.torch import load
 from small import LETTERS, encoder_suite
 
 from coterie.errors import CoterieError
-from coterie.evaluation import combine
+from coterie.evaluation import combine, demo
 from coterie.evaluation.anchors import AnchorReader
 from coterie.evaluation.cells import Cells
 from coterie.evaluation.compare import compare
@@ -339,6 +339,18 @@ def test_a_file_in_the_way(place: str, suite: Suite, tmp_path: Path) -> None:
         run(suite, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [place]
     assert (tmp_path / place).read_text() == "mine"
+
+
+def test_a_demo_that_is_stopped_leaves_no_directory(
+    suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*given: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "_check_data", stop)
+    with pytest.raises(KeyboardInterrupt):
+        demo.run(tmp_path / "out", False, tmp_path / "cache", settings=demo.Settings(suite, adapters={}))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_task_that_tells_nothing(suite: Suite, tmp_path: Path) -> None:

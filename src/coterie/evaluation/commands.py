@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ..options import Cache, Json, Out, cache_directory, terminal
+from ..options import Cache, Json, Out, cache_directory, check_device, terminal
 
 
 def compare(
@@ -36,6 +36,7 @@ def compare(
     """Combine a suite's experts in every way, and write what each keeps of their skill and what it costs."""
     from .compare import compare as run
 
+    check_device(device)
     result = run(
         suite, methods, out, experts=experts, seeds=seeds, rows=rows, validation_rows=validation_rows, tiny=tiny,
         cache=cache or cache_directory(), device=device, console=terminal(stderr=as_json),
@@ -59,6 +60,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Evaluate models on a suite: `coterie eval SUITE [MODEL]...`; without models, its base and its experts."""
+    check_device(device)
     if lm_eval:
         from .harness import lm_eval as harness
         from .harness import sheet
@@ -87,6 +89,7 @@ def demo(
     """Run the main job on real material: eight experts of a sentence encoder, one mixture, one table."""
     from .demo import run
 
+    check_device(device)
     result = run(out=out, full=full, cache=cache or cache_directory(), device=device, console=terminal(stderr=as_json))
     if as_json:
         typer.echo(json.dumps(result, indent=1))

@@ -85,7 +85,6 @@ def run(
     check_directory(out, "--out")
     check_directory(cache, "--cache")
     cache.mkdir(parents=True, exist_ok=True)
-    out.mkdir(parents=True, exist_ok=True)
     reader = suite.reader(suite.base(cache, device, False), device)
     console.print(
         f"Base: all-MiniLM-L6-v2, read as CLIP is: a class is the embedding of its label. {len(tasks)} tasks, "
@@ -112,6 +111,7 @@ def run(
             comparisons.append(comparison)
             status.update(f"building {out / name}")
             way = Way("smile", comparison.result("smile").parameters, "base")
+            # It makes `out`, and nothing does before: a demo that is stopped leaves no empty directory.
             coterie.build(recipe(way, Experts(reader, directories)), out=out / name, force=True)
     sheets = [sheet for each in comparisons for sheet in (results_sheet(each), tables.ladder(each, each.experts))]
     for sheet in sheets:
