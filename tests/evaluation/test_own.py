@@ -89,6 +89,20 @@ def test_two_classes_do_not_fit_three(world: dict[str, Any], tmp_path: Path) -> 
         evaluate(tmp_path / "three.yaml", [str(world["paths"]["first"])], cache=tmp_path)
 
 
+def test_a_model_of_another_architecture(world: dict[str, Any], tmp_path: Path) -> None:
+    causal = language_model(tmp_path / "causal")
+    (tmp_path / "t.jsonl").write_text(json.dumps({"text": "a b"}) + "\n")
+    task = {"test": str(tmp_path / "t.jsonl"), "input": "text", "metric": "perplexity"}
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump({"base": str(causal), "reader": "causal", "tasks": {"t": task}}))
+    mixture = str(world["folder"] / "mixture")
+    with pytest.raises(CoterieError, match="mixture: s is read by llama models, and this is a bert"):
+        evaluate(tmp_path / "s.yaml", [mixture], cache=tmp_path)
+    found = evaluate(tmp_path / "s.yaml", [mixture, str(causal)], cache=tmp_path)["models"]
+    assert "this is a bert" in found[0]["notes"]["t"] and found[1]["values"]["t"] is not None
+    with pytest.raises(CoterieError, match="causal: suite is read by bert models, and this is a llama"):
+        evaluate(world["yaml"], [str(causal)], cache=tmp_path)
+
+
 def test_a_head_that_nobody_holds_is_not_made_up(world: dict[str, Any], tmp_path: Path) -> None:
     adapter = make_adapter(world["paths"]["base"], tmp_path / "adapter", 3, arch="bert", task_type="SEQ_CLS")
     file = adapter / "adapter_model.safetensors"

@@ -65,6 +65,8 @@ def evaluate(
     model: Any
     for name, place in {name: locate(source) for name, source in named.items()}.items():
         try:
+            if not place.is_adapter and (kind := (place.json("config.json") or {}).get("model_type")):
+                _check_kind(found, reader.base, kind, place.id, "give a model of the architecture of the suite's base")
             headless = not models and name == "base" and bool(getattr(reader, "experts", None))
             read, model = (reader, reader.model) if headless else open_model(reader, place, tasks)
         except CoterieError as error:  # the other models have their values
@@ -107,9 +109,7 @@ def routed_tasks(
         CoterieError: a suite that cannot be read, or whose base is another kind of model.
     """
     found = find_suite(suite)
-    own = (locate(str(found.base(cache, device, True))).json("config.json") or {}).get("model_type")
-    if own != model_type:  # before a base is trained
-        raise CoterieError(f"{found.name} is read by {own} models, and this is a {model_type}", "--suite", "give texts")
+    _check_kind(found, found.base(cache, device, True), model_type, "--suite", "give texts")  # before a base is trained
     reader = found.reader(found.base(cache, device, False), device)
     return [
         (
@@ -119,6 +119,13 @@ def routed_tasks(
         )
         for task in found.tasks(test=found.test_rows)
     ]
+
+
+def _check_kind(suite: Suite, base: Path, model_type: str, where: str, mend: str) -> None:
+    """Refuse a model of another architecture than the suite's base."""
+    own = (locate(str(base)).json("config.json") or {}).get("model_type")
+    if own != model_type:
+        raise CoterieError(f"{suite.name} is read by {own} models, and this is a {model_type}", where, mend)
 
 
 def _with_texts(reader: Reader, inputs: Inputs) -> Iterator[dict[str, Any]]:
