@@ -292,9 +292,17 @@ def test_a_task_with_one_class(world: dict[str, Any], tmp_path: Path) -> None:
         evaluate(tmp_path / "one.yaml", cache=tmp_path)
 
 
-@pytest.mark.parametrize(("content", "said"), [("text,kind\na,\n", "row 1 has nothing"), ("", "cannot be read")])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("text,kind\na,\n", "row 1 has nothing"),
+        ("", "cannot be read"),
+        ("text,kind\n", "bad.csv: has no rows"),
+        ("text,kind\ncafé,x\n", r"cannot be read \('utf-8'.*save it as UTF-8"),
+    ],
+)
 def test_bad_tables(content: str, said: str, world: dict[str, Any], tmp_path: Path) -> None:
-    (tmp_path / "bad.csv").write_text(content)
+    (tmp_path / "bad.csv").write_text(content, encoding="latin-1")
     task = {"input": "text", "target": "kind", "test": str(tmp_path / "bad.csv"), "labels": ["x", "y"]}
     (tmp_path / "s.yaml").write_text(yaml.safe_dump({"base": str(world["paths"]["base"]), "tasks": {"t": task}}))
     with pytest.raises(CoterieError, match=said):

@@ -236,8 +236,12 @@ def load_table(path: Path) -> Any:
         try:
             return _loaded(path, folder)
         except Exception as error:  # the parsers of three formats raise many kinds
-            reason = " ".join(str(error.__cause__ or error).split())[:200]
-            raise CoterieError(f"cannot be read ({reason})", str(path), "mend the file") from None
+            cause = error.__cause__ or error
+            reason = " ".join(str(cause).split())[:200]
+            if not reason or "corresponds to no data" in reason:  # an empty JSONL, or any table without a row
+                raise CoterieError("has no rows", str(path), "give some") from None
+            mend = "save it as UTF-8" if isinstance(cause, UnicodeDecodeError) else "mend the file"
+            raise CoterieError(f"cannot be read ({reason})", str(path), mend) from None
 
 
 def _loaded(path: Path, folder: str) -> Any:
