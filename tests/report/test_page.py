@@ -187,6 +187,8 @@ def test_pieces_can_be_read(made: Tokenizer, text: str, pieces: list[str]):
         ("a={empty}", "holds no text"),
         ("{binary}", "cannot be read"),
         ("a=mistyped.txt", "no such file"),
+        ("mistyped.txt", "--text mistyped.txt: no such file"),
+        ("folder/mistyped.jsonl", "no such file"),
     ],
 )
 def test_bad_texts(tmp_path: Path, given: str, said: str):

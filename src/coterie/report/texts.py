@@ -48,14 +48,12 @@ def read_texts(given: Sequence[str], experts: Sequence[str]) -> list[Texts]:
         elif equals and name in experts:
             if _is_file(rest):
                 found.append(Texts(name, name, _lines(Path(rest))))
-            elif re.fullmatch(r"\S+\.(txt|csv|tsv|jsonl?|md)", rest):
-                raise CoterieError("no such file", f"--text {item}", "give the path of a file, or a text")
             else:
-                loose.setdefault(name, []).append(rest)
+                loose.setdefault(name, []).append(_no_file(rest, item))
         elif equals and _is_file(rest):
             raise CoterieError(f"no expert {name!r}", "--text", f"known: {', '.join(experts)}; or give the file alone")
         else:
-            loose.setdefault(None, []).append(item)
+            loose.setdefault(None, []).append(_no_file(item, item))
     found += [Texts(name or "texts", name, [line for line in lines if line.strip()]) for name, lines in loose.items()]
     empty = [texts.task for texts in found if not texts.lines]
     if empty:
@@ -92,6 +90,13 @@ def _is_file(name: str) -> bool:
         return Path(name).is_file()
     except OSError:  # a text too long for a name
         return False
+
+
+def _no_file(text: str, item: str) -> str:
+    """A text, unless it is one word that ends as the names of files do: a slip would be routed as a text."""
+    if re.fullmatch(r"\S+\.(txt|csv|tsv|jsonl?|md)", text):
+        raise CoterieError("no such file", f"--text {item}", "give the path of a file, or a text")
+    return text
 
 
 def _lines(path: Path) -> list[str]:
