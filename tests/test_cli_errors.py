@@ -19,7 +19,7 @@ import torch
 import yaml
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from coterie.cli import main
 
@@ -284,6 +284,16 @@ def test_expert_of_another_size(place: Place):
     shutil.rmtree(place.root / "b")
     _llama(2, hidden=24).save_pretrained(place.root / "b")
     place.refuses(place.recipe(), "'b'", "24", "16")
+
+
+@both
+def test_expert_of_another_architecture(place: Place):
+    config = BertConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=32)
+    BertForSequenceClassification(config).save_pretrained(place.root / "bert")
+    for base, expert, kinds in (("base", "bert", ("bert", "llama")), ("bert", "a", ("llama", "bert"))):
+        recipe = place.recipe(base=str(place.root / base), experts={"x": str(place.root / expert)})
+        said = f"expert 'x' ({place.root / expert}): is a {kinds[0]!r} model, and the base"
+        place.refuses(recipe, said, f"a {kinds[1]!r} model")
 
 
 @both

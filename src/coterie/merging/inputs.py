@@ -19,7 +19,7 @@ import torch
 from ..errors import CoterieError
 from ..recipe import Expert, MergeRecipe, Modules, Recipe
 from ..sources.checkpoint import Checkpoint, headers, is_counter
-from ..sources.locate import PATTERNS, Location, locate
+from ..sources.locate import PATTERNS, Location, kind_error, locate
 from .registry import MergeMethod, Parameters, get, is_by_pattern, value_for
 from .stack import Part, Stack, held, stored
 from .statistics import require_kind, require_own
@@ -377,10 +377,8 @@ def _same_kind(recipe: MergeRecipe, config: dict[str, Any], places: dict[str, Lo
             )
         if theirs != kind:
             first = f"the base ({recipe.base})" if recipe.base else "the first expert"
-            raise CoterieError(
-                f"is a {theirs!r} model, and {first} a {kind!r} model",
-                f"expert {name!r} ({place.path})",
-                "only models of one architecture can be merged",
+            raise kind_error(
+                name, place, str(theirs), first, str(kind), "only models of one architecture can be merged"
             )
 
 

@@ -116,3 +116,8 @@ def _of_library(library: str, name: str, token: str | None) -> Location:
         if hash_of(file) != entry.sha256.get(file.name):
             raise CoterieError("was changed since it was added to the library", str(file), "add the expert again")
     return Location(folder, f"{library}#{name}", place.revision)
+
+
+def kind_error(name: str, place: Location, theirs: str, first: str, kind: str, mend: str) -> CoterieError:
+    """The error for an expert of another architecture than the base, or the first expert."""
+    return CoterieError(f"is a {theirs!r} model, and {first} a {kind!r} model", f"expert {name!r} ({place.path})", mend)
