@@ -130,9 +130,10 @@ def decay_picture(result: Result, path: Path) -> None:
     counts = [point["count"] for point in points]
     for name in points[0]["methods"]:
         values = [100 * point["methods"][name]["normalised"]["value"] for point in points]
-        axes.plot(counts, values, "o-", ms=4, label=name, color="grey" if name == "base" else None)
+        style = {"linestyle": "--", "color": "black"} if name == "base" else {}
+        axes.plot(counts, values, marker="o", ms=4, label=name, **style)
     axes.set(xlabel="experts", ylabel="normalised accuracy, %", xticks=counts)
-    axes.legend(frameon=False, fontsize=7, ncols=3)
+    figure.legend(frameon=False, fontsize=7, ncols=5, loc="outside lower center")
     _save(figure, path)
 
 
