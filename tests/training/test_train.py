@@ -287,7 +287,7 @@ def test_what_is_wrong_is_said_before_training(change, wanted, recipe, tmp_path)
 @pytest.mark.parametrize(
     ("content", "wanted"),
     [
-        ("text,label\n", "no data"),
+        ("text,label\n", "has no rows"),
         ("text,label\ngood film,1\nbad film,1\n", "holds one class alone"),
         ("text,label\ngood film,1\n,0\n", "row 2 has nothing in column 'text'"),
     ],
