@@ -163,7 +163,7 @@ KERNEL = "compiled"  # what a mixture takes with COTERIE_NATIVE=1
 
 
 def goals(cell: Cell, cost: dict[str, float], ratios: dict[str, float], native: bool) -> list[dict[str, Any]]:
-    """The goals of a cell, each with its limit, what was measured, and whether it is met.
+    """The goals of a cell, each with its limit, what was measured, and whether it is met; and would be at `theory`.
 
     Args:
         cell: the cell.
@@ -178,6 +178,7 @@ def goals(cell: Cell, cost: dict[str, float], ratios: dict[str, float], native: 
     def at_most(what: str, limit: float, measure: Callable[[float], float] = lambda ratio: ratio) -> None:
         figures = {name: measure(ratio) for name, ratio in variants.items()}
         met = {"met" if name == "measured" else "met_compiled": figure <= limit for name, figure in figures.items()}
+        met["met_by_theory"] = measure(1 + cost["theory"]) <= limit
         found.append({"goal": what, "limit": limit, **figures, **met, "counts": native})
 
     routed = cell.method == "smile" and not cell.backward
@@ -186,8 +187,8 @@ def goals(cell: Cell, cost: dict[str, float], ratios: dict[str, float], native: 
     if routed and not cell.model and cell.tokens >= 512:
         factor = 2 if min(cell.d_in, cell.d_out) >= 768 else 3
         at_most(f"{factor} x theory", 1 + factor * cost["theory"])
-        if REFERENCE in ratios:
-            overhead = max(ratios[REFERENCE] - 1, 1e-9)
+        if ratios.get(REFERENCE, 0) > 1:
+            overhead = ratios[REFERENCE] - 1
             at_most("reference's overhead / 2.5", 1 / LESS_THAN_REFERENCE, lambda ratio: (ratio - 1) / overhead)
     if routed and not cell.model and cell.tokens <= 32 and min(cell.d_in, cell.d_out) >= 768:
         at_most("max(1.6, 1.3 x bytes)", max(1.6, 1.3 * cost["bytes_ratio"]))

@@ -56,7 +56,7 @@ def ratio(account: Account, name: str, spread: bool = False) -> str:
 
 def took(account: Account) -> str:
     """The paths that coterie chose, the most frequent first."""
-    return ", ".join(sorted(account["paths"], key=account["paths"].get, reverse=True))
+    return ", ".join(sorted(account["paths"], key=account["paths"].get, reverse=True)) or "–"
 
 
 def limit(account: Account) -> str:
@@ -149,10 +149,12 @@ def goals_table(accounts: list[Account]) -> str:
             named.get(kind, kind), str(len(found)), str(sum(each["met"] for each in found)),
             str(sum(each.get("met_compiled", each["met"]) for each in found))
             if any("met_compiled" in each for each in found) else "–",
+            str(sum(each["met_by_theory"] for each in found)),
         ]
         for kind, found in sorted(kinds.items())
     ]  # fmt: skip
-    return table(["goal", "cells", "met in torch", "with the compiled kernel"], rows)
+    head = ["goal", "cells", "met in torch", "with the compiled kernel", "would be, were theory all that it costs"]
+    return table(head, rows)
 
 
 def best_rates(accounts: list[Account]) -> dict[tuple[int, str], tuple[float, float]]:

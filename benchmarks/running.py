@@ -159,6 +159,7 @@ def switched_on() -> Iterator[None]:
 def variants_of(cell: Cell, subject: Subject, inputs: Inputs, copies: int, reference: bool) -> list[Variant]:
     """The dense base, coterie, its forced paths where they apply, and the neighbour."""
     none, handle = contextlib.nullcontext, subject.mixture.coterie
+    os.environ.pop("COTERIE_NATIVE", None)  # "coterie" is torch alone
     ours = caller(cell, subject.mixture, inputs, copies, {})
     found = [Variant("dense", caller(cell, subject.dense, inputs, copies, {}), none), Variant("coterie", ours, none)]
     for path in PATHS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import transformers
 from safetensors.torch import load_file
 
 import coterie
+from coterie.errors import CoterieError
 from matching import build, python, relative_error, smile
 from zoo import ALL, ARCHS, base_model, fine_tune, inputs, make_adapter, outputs, save
 
@@ -165,6 +167,10 @@ def test_a_mixture_directory_holds_what_the_design_says(tmp_path):
         assert tensor.is_contiguous(), name
     text = (out / "mixture.json").read_text()
     json.loads(text, parse_constant=lambda c: pytest.fail(f"mixture.json holds {c}, which is no JSON"))
+    (weights,) = out.glob("*.safetensors")
+    os.truncate(weights, weights.stat().st_size // 2)
+    with pytest.raises(CoterieError, match="truncated or damaged.*build or fetch it again"):
+        coterie.load(str(out))
 
 
 LOAD = """

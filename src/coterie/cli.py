@@ -392,6 +392,9 @@ def _require_free(out: Path | None, force: bool, resume: bool, command: str) -> 
     return out
 
 
+STOPPED = 130  # by Ctrl-C, as typer and shells say it
+
+
 def main() -> None:
     """Entry point: bad input is one sentence on stderr and exit code 2."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -400,6 +403,7 @@ def main() -> None:
     except CoterieError as error:
         sys.stderr.write(f"coterie: error: {' '.join(str(error).split())}\n")
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.stderr.write("coterie: stopped\n")
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == STOPPED:
+            sys.stderr.write("coterie: stopped\n")
+        raise

@@ -75,8 +75,8 @@ def check_device(device: str) -> None:
     import torch
 
     try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        torch.zeros(1, device=device).tolist()  # which "meta" has not
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise CoterieError(
             f"device {device!r} cannot be used ({str(error).splitlines()[0]})", "--device", "use cpu"
         ) from None

@@ -66,6 +66,7 @@ def test_what_a_comparison_holds(suite: Suite, copied: Path) -> None:
     assert base["recovered_gap"]["value"] == 0
     assert expert["skill"] == [1.0, 1.0] and expert["task"] == "known"
     assert expert["normalised"]["value"] == expert["recovered_gap"]["value"] == 1
+    assert expert["ratio"] == 2  # both fine-tunes are kept whole
     assert [comparison["matrix"][n][i] for i, n in enumerate(suite.committed)] == [1.0, 1.0]
     ways = {(r["others"], r["task"]): r for r in results(found, "smile") if "best" in r["setting"]}
     assert set(ways) == {(o, t) for o in ("base", "average") for t in ("known", "not known")}
@@ -368,6 +369,7 @@ def test_a_task_that_tells_nothing(suite: Suite, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        ({"methods": ""}, "names no method"),
         ({"methods": "smlie"}, "unknown method 'smlie'; did you mean 'smile'"),
         ({"methods": "smear"}, "smear is trained and not built"),
         ({"experts": "ful"}, "small has no experts of kind 'ful'"),

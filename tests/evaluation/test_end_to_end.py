@@ -137,6 +137,8 @@ def test_demo(full: bool, adapters: Path, tasks: tuple[Task, ...], tmp_path: Pat
         assert by_name["base"]["recovered_gap"]["value"] == 0
         assert by_name["expert of the task"]["normalised"]["value"] == 1
         assert 1 < by_name["smile"]["ratio"] <= 1.6
+        adapters = "LoRA" in comparison["experts"] or not full
+        assert adapters == (1 < by_name["expert of the task"]["ratio"] < 2)  # adapters share their base
         assert by_name["smile"]["parameters"] == {**grid[0], "top_k": 1, "pool": "token"}
         assert comparison["ladder"]["expert"] == by_name["expert of the task"]["skill"]
         assert comparison["ladder"]["smile, its own routing"] == by_name["smile"]["skill"]

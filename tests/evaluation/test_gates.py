@@ -29,6 +29,9 @@ def test_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     total = {n: sum(experts.state(t.name)[n] - w for t in tasks) for n, w in experts.base.items()}
     merged = load(reader.base_model(), {n: w + found.scale * total[n] for n, w in experts.base.items()})
     assert found.merged == pytest.approx([reader.scores(merged, task, task.test).mean() for task in tasks], abs=0.026)
+    unseen = [replace(task, train=task.train.head(1)) for task in tasks]
+    assert gates.task_probe(reader, tasks, 1) == 1  # of one test row: it learns from all training rows in any case
+    assert gates.task_probe(reader, unseen) < gates.task_probe(reader, tasks) == found.probe
     gap = np.subtract(found.merged, found.base).sum() / np.subtract(found.expert, found.base).sum()
     assert found.recovered == pytest.approx(gap)
 

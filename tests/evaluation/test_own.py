@@ -384,6 +384,8 @@ def test_a_task_without_an_expert(world: dict[str, Any], tmp_path: Path) -> None
     with pytest.raises(CoterieError, match="task 'second' has no expert; add one under experts"):
         compare(tmp_path / "s.yaml", "average", tmp_path / "out", cache=tmp_path)
     base, first = evaluate(tmp_path / "s.yaml", cache=tmp_path)["models"]
+    (named,) = evaluate(tmp_path / "s.yaml", [str(world["paths"]["base"])], cache=tmp_path)["models"]
+    assert (named["values"], named["notes"]) == (base["values"], base["notes"])  # not through a head of its own
     assert first["values"]["first"] == 0.8
     assert "task 'second' has no expert" in base["notes"]["second"]
 

@@ -17,7 +17,7 @@ from ..recipe import Recipe, nearest
 from ..sources.adapter import AdapterExpert
 from ..sources.checkpoint import Checkpoint
 from ..sources.experts import ExpertSource, FullExpert, shape_error
-from ..sources.locate import PATTERNS, Location, locate
+from ..sources.locate import PATTERNS, Location, kind_error, locate
 from ..sources.names import LiveSkeleton, ModuleView, Skeleton, View
 from .kept import Kept, KeptExpert
 from .notes import config_notes, tokenizer_notes
@@ -242,6 +242,7 @@ def _architecture(recipe: Recipe, base_config: Any, base: Location, places: dict
                 f"unknown architecture {recipe.architecture!r}", "recipe", nearest(recipe.architecture, names)
             )
         return cls
+    _require_one_kind(recipe, base_config, places)
     claimed: dict[str, str] = {}
     for name, place in places.items():
         if place.is_adapter:
@@ -270,6 +271,21 @@ def _architecture(recipe: Recipe, base_config: Any, base: Location, places: dict
         what = f"class {classes[0]!r} is unknown to transformers" if classes else "config.json names no architecture"
         raise CoterieError(what, str(base.path), "name the class of the mixture with `architecture`")
     return cls
+
+
+def _require_one_kind(recipe: Recipe, base_config: Any, places: dict[str, Location]) -> None:
+    """Refuse experts of another architecture than the base; one may be a part of the other."""
+    for name, place in places.items():
+        stated = None if place.is_adapter else (place.json("config.json") or {}).get("model_type")
+        if stated and not _kinds(_config(place)) & _kinds(base_config):
+            mend = "give models of one architecture, or name it with `architecture`"
+            raise kind_error(name, place, stated, f"the base ({recipe.base})", base_config.model_type, mend)
+
+
+def _kinds(config: Any) -> set[str]:
+    """The type of a model, and those of its parts."""
+    parts = (getattr(config, name, None) for name in config.sub_configs)
+    return {config.model_type}.union(*(_kinds(part) for part in parts if part is not None))
 
 
 def _full_expert(

@@ -13,7 +13,6 @@ from ..mixture.kinds import check_routing
 from ..mixture.probe import Probe, probe
 from ..mixture.sites import Sites, choose_sites
 from ..recipe import Recipe
-from ..sources.locate import kind_error, locate
 from .inputs import Inputs, open_inputs
 from .kept import Kept
 from .statistics import RouterStatistics, find
@@ -51,7 +50,6 @@ def prepare(recipe: Recipe, token: str | None = None, kept: Kept | None = None) 
         raise CoterieError(
             f"{recipe.method} is trained, and a build trains nothing", "method", "use coterie.wrap or `coterie train`"
         )
-    _require_one_kind(recipe, token, kept)
     inputs = open_inputs(recipe, token, kept=kept)
     skeleton = inputs.skeleton
     missing = {name for name in skeleton.tensors if name not in inputs.base and name not in skeleton.tied}
@@ -59,29 +57,6 @@ def prepare(recipe: Recipe, token: str | None = None, kept: Kept | None = None) 
     if seen.broke:
         inputs.warnings.append(f"the probe forward broke off ({seen.broke}): every linear layer is taken to be called")
     return sort(inputs, missing, seen)
-
-
-def _require_one_kind(recipe: Recipe, token: str | None, kept: Kept | None) -> None:
-    """Refuse experts of another architecture than the base; a language model may be a part of a larger model."""
-    where = locate(recipe.base, token)
-    base = where.json("config.json") or {}
-    if recipe.architecture is not None or where.is_adapter or not base.get("model_type"):
-        return
-    for name, expert in recipe.experts.items():
-        if kept is not None and name in kept.names:
-            continue
-        place = locate(expert.source, token)
-        theirs = {} if place.is_adapter else place.json("config.json") or {}
-        if theirs.get("model_type") and not _kinds(theirs) & _kinds(base):
-            mend = "give models of one architecture, or name it with `architecture`"
-            first = f"the base ({recipe.base})"
-            raise kind_error(name, place, theirs["model_type"], first, base["model_type"], mend)
-
-
-def _kinds(config: dict[str, Any]) -> set[str]:
-    """The type of a model, and those of its parts."""
-    parts = [each for each in (config, *config.values()) if isinstance(each, dict)]
-    return {str(each["model_type"]) for each in parts if each.get("model_type")}
 
 
 def sort(inputs: Inputs, missing: set[str], seen: Probe | None) -> Prepared:

@@ -108,7 +108,7 @@ class CausalReader:
         """(B,) summed negative log-likelihood of each row's answer, and (B,) its tokens."""
         batch = self.padded(ids)
         prompts = [row.count(IGNORED) for row in labels]
-        if hasattr(model, "coterie") and min(prompts) > 1:  # its routers may decide by what follows the first token
+        if hasattr(model, "coterie") and max(prompts) > 1:  # its routers may decide by what follows the first token
             batch["prompt_lengths"] = torch.tensor(prompts, device=self.device)
         width = batch["input_ids"].shape[1]
         wanted = torch.tensor([[*row, *[IGNORED] * (width - len(row))] for row in labels], device=self.device)[:, 1:]

@@ -27,10 +27,11 @@ from ..merging import registry as merges
 from ..merging.statistics import Statistics, fisher, gram
 from ..merging.statistics import read as read_moments
 from ..registration import Registered
+from ..sources.checkpoint import headers
 from ..sources.locate import locate
 from ..sources.statistics import read as read_vectors
 from ..sources.statistics import write as write_vectors
-from .extract import expert_state
+from .extract import WEIGHTS, expert_state
 from .ladder import State, load
 from .reader import TEXTS, Reader
 from .suite import Task, digest, fingerprint
@@ -224,6 +225,14 @@ class Experts:
                 rows = task.train.head(STATISTICS_ROWS).inputs
                 alone.average_activation(name, reader.base_model(), [batch for _, batch in reader.batches(rows)])
             return alone.statistics(name, kind)
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers all experts are: fine-tunes as many as the base each, adapters their own and the base once."""
+        base = sum(parameter.numel() for parameter in self.reader.model.parameters())
+        files = [directory / WEIGHTS for directory in self.directories.values()]
+        adapters = [sum(tensor.numel for _, tensor in headers(file)) for file in files if file.exists()]
+        return base * (len(files) - len(adapters) + bool(adapters)) + sum(adapters)
 
     def rank(self) -> int | None:
         """The largest rank of the experts, if all are LoRA adapters."""

@@ -174,6 +174,8 @@ def check(tasks: Sequence[Task], splits: Sequence[str] = ("validation", "test"))
 def _names(methods: Sequence[str] | str) -> list[str]:
     given = [name.strip() for name in methods.split(",")] if isinstance(methods, str) else list(methods)
     names = known() if given == ["all"] else [name for name in dict.fromkeys(given) if name]
+    if not names:
+        raise CoterieError("names no method", "--methods", f"name some, or all: {', '.join(known())}")
     for name in names:
         find(name)
     return ["average", *(name for name in names if name != "average")]

@@ -40,7 +40,7 @@ class Result:
         task: "known", where the model is told whose input it reads; else "not known".
         skill: on each task, in the suite's order (see `metrics`); None where it has no value.
         normalised, recovered_gap: with 95% paired bootstrap intervals.
-        ratio: parameters / parameters of the base.
+        ratio: parameters / parameters of the base; of the tasks' own experts, those of all that must be kept.
         seconds: of making it from the experts' files, and of gathering what it needs to know of the tasks' rows.
         note: why there is no value.
     """
@@ -169,7 +169,7 @@ class Comparer:
             keeps: Any = bootstrap(scores, base, expert, self.metrics)
             return Result(**given, skill=skills(scores, self.metrics).tolist(), **keeps)
 
-        oracle = result(expert, method=ORACLE, task="known", ratio=float(len(directories)))
+        oracle = result(expert, method=ORACLE, task="known", ratio=experts.parameters / self._base_parameters)
         results, notes = [result(base, method="base"), oracle], list(self._notes(base, expert))
         matrix: dict[str, list[float]] = {}
         if whole:

@@ -39,8 +39,8 @@ def evaluate(
 
     Args:
         suite: a name, a YAML file (see `own`), or a suite.
-        models: directories or Hub ids: mixtures, fine-tunes of the base, or PEFT adapters of it. Default: the suite's
-            base (read, where heads are the experts', through those) and each of its experts.
+        models: directories or Hub ids: mixtures, fine-tunes of the base, or PEFT adapters of it, and the base itself
+            (read, where heads are the experts', through those). Default: the suite's base and each of its experts.
         rows: test rows of each task, at most.
         cache: where a base that the suite trains is kept.
         device: torch device.
@@ -67,7 +67,7 @@ def evaluate(
         try:
             if not place.is_adapter and (kind := (place.json("config.json") or {}).get("model_type")):
                 _check_kind(found, reader.base, kind, place.id, "give a model of the architecture of the suite's base")
-            headless = not models and name == "base" and bool(getattr(reader, "experts", None))
+            headless = place.path.resolve() == reader.base.resolve() and bool(getattr(reader, "experts", None))
             read, model = (reader, reader.model) if headless else open_model(reader, place, tasks)
         except CoterieError as error:  # the other models have their values
             if len(named) == 1:

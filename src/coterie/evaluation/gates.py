@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,7 @@ from .compare import check, expert_sets, find_suite, kind_of
 from .ladder import State, delta, linear_deltas, linear_layers, load
 from .metrics import normalised, recovered_gap, skills
 from .reader import Reader
-from .suite import Task
+from .suite import Split, Task
 from .tables import Sheet, percent, shown
 from .train import quiet
 
@@ -65,7 +64,7 @@ def measure(reader: Reader, tasks: Sequence[Task], directories: dict[str, Path],
         reader: of the base.
         tasks: of the suite.
         directories: of each task's expert.
-        rows: test rows of each task, and training rows of the probe.
+        rows: test rows of each task; the probe learns from all training rows.
     """
     experts = Experts(reader, directories)
     base, metrics = experts.base, [task.metric for task in tasks]
@@ -105,16 +104,19 @@ def measure(reader: Reader, tasks: Sequence[Task], directories: dict[str, Path],
 
 
 def task_probe(reader: Reader, tasks: Sequence[Task], rows: int = 1000) -> float:
-    """Share of test rows whose task a logistic regression on the frozen base's features names."""
+    """Share of test rows whose task a logistic regression on the frozen base's features names.
+
+    It learns from every training row, as experts do: from few it would say how many rows it had, and not what is there
+    to be seen.
+    """
     from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyped]
 
-    @cache
-    def features(split: str) -> tuple[np.ndarray, np.ndarray]:
-        parts = [reader.features(getattr(task, split).head(rows).inputs) for task in tasks]
+    def features(splits: Sequence[Split]) -> tuple[np.ndarray, np.ndarray]:
+        parts = [reader.features(split.inputs) for split in splits]
         return np.concatenate(parts), np.repeat(np.arange(len(parts)), [len(part) for part in parts])
 
-    probe = LogisticRegression(C=100, max_iter=500).fit(*features("train"))
-    return float(probe.score(*features("test")))
+    probe = LogisticRegression(C=100, max_iter=500).fit(*features([task.train for task in tasks]))
+    return float(probe.score(*features([task.test.head(rows) for task in tasks])))
 
 
 def gates_sheet(suite: str, tasks: Sequence[Task], gates: Gates) -> Sheet:
@@ -140,7 +142,7 @@ def main(
     console, found = Console(), find_suite(suite)
     kind = kind_of(found, experts)
     tasks = found.tasks(train=48, validation=24, test=32) if tiny else found.tasks()
-    check(tasks)
+    check(tasks, ("train", "validation", "test"))
     reader = found.reader(found.base(cache_dir, device, tiny), device)
     (directories,) = expert_sets(found, tasks, reader, kind, 1, tiny, cache_dir, device, console)
     gates = measure(reader, tasks, directories, rows)

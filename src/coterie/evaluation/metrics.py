@@ -53,6 +53,7 @@ def _macro_f1(confusion: np.ndarray) -> np.ndarray:
 
 
 MOST_CLASSES = 32
+ROUNDING = 1e-12  # what is left of a gap of nothing
 """Of a task that is read by F1."""
 
 METRICS = {
@@ -99,7 +100,7 @@ def recovered(method: np.ndarray, base: np.ndarray, expert: np.ndarray) -> np.nd
     """(...) sum_t(skill_method - skill_base) / sum_t(skill_expert - skill_base), from (..., T) skills; NaN where the
     experts gain nothing: what is worse than the base would recover more than what is better."""
     gap = (expert - base).sum(-1)
-    share: np.ndarray = np.where(gap > 0, (method - base).sum(-1) / gap, np.nan)
+    share: np.ndarray = np.where(gap > ROUNDING, (method - base).sum(-1) / gap, np.nan)
     return share
 
 
@@ -170,7 +171,7 @@ def bootstrap(
         "recovered_gap": recovered_gap(method, base, expert, names),
     }
     tail = 50 * (1 - level)
-    return {name: Interval(values[name], *_percentiles(each, tail)) for name, each in draws.items()}
+    return {name: _interval(values[name], each, tail) for name, each in draws.items()}
 
 
 def _patterns(triples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -181,6 +182,9 @@ def _patterns(triples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.unique(triples, axis=1, return_counts=True)
 
 
-def _percentiles(draws: np.ndarray, tail: float) -> list[float]:
+def _interval(value: float, draws: np.ndarray, tail: float) -> Interval:
+    """Of a value, where there is one, by its percentiles."""
     finite = draws[np.isfinite(draws)]
-    return [float(q) for q in np.percentile(finite, [tail, 100 - tail])] if len(finite) else [float("nan")] * 2
+    if not np.isfinite(value) or not len(finite):
+        return Interval(value, float("nan"), float("nan"))
+    return Interval(value, *(float(q) for q in np.percentile(finite, [tail, 100 - tail])))

@@ -234,11 +234,14 @@ def load_table(path: Path) -> Any:
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as folder:
         try:
+            if FORMATS[path.suffix.lower()] != "parquet":
+                path.read_bytes().decode()
             return _loaded(path, folder)
         except Exception as error:  # the parsers of three formats raise many kinds
             cause = error.__cause__ or error
             reason = " ".join(str(cause).split())[:200]
-            if not reason or "corresponds to no data" in reason:  # an empty JSONL, or any table without a row
+            # an empty JSONL, or any table without a row; in Parquet
+            if not reason or "corresponds to no data" in reason or "BatchSize" in reason:
                 raise CoterieError("has no rows", str(path), "give some") from None
             mend = "save it as UTF-8" if isinstance(cause, UnicodeDecodeError) else "mend the file"
             raise CoterieError(f"cannot be read ({reason})", str(path), mend) from None

@@ -100,10 +100,14 @@ def told(
 
 def as_prompts(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
     """What a model is called with to see its routing: where it writes and its routers decide by the prompt, each row is
-    one."""
+    one, unless the batch says by `prompt_lengths` or `labels` where prompts end."""
     from ..mixture.kinds import is_causal
 
     handle = getattr(model, "coterie", None)
     if handle is None or handle.spec.routing.pool not in ("prompt", "model") or not is_causal(model):
         return batch
-    return {"prompt_lengths": batch["attention_mask"].sum(1), **batch}
+    if "prompt_lengths" in batch or "labels" in batch:
+        return batch
+    mask = batch.get("attention_mask")
+    whole = torch.ones_like(batch["input_ids"]) if mask is None else mask
+    return {**batch, "prompt_lengths": whole.sum(1)}

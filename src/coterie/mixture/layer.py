@@ -60,10 +60,10 @@ class _Mixture(nn.Module):
         if path == "merged" and constant is not None:
             self._record(torch.tensor(constant, device=x.device), x.shape[:-1])
             return F.linear(x, *self.bank(lambda: self._merge_once(constant)))
-        flat = x.reshape(-1, x.shape[-1])
+        bank, flat = self.bank, x.reshape(-1, x.shape[-1])
         y = super().forward(flat)
         # Through the bank's own call, for the sake of hooks that bring its parameters from elsewhere (offloading).
-        y = self.bank(lambda: self._add_experts(path, constant, x, flat.to(self.bank.dtype), y))
+        y = bank(lambda: self._add_experts(path, constant, x, flat.to(bank.dtype), y))
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _known(self, weights: tuple[float, ...] | None) -> bool:
@@ -140,8 +140,9 @@ class _Mixture(nn.Module):
     ) -> torch.Tensor:
         bank = self.bank
         if path == "native":
-            leading, scores = native.scores(bank, self.router.score, flat)
-            decision = self.router.select(scores)
+            router = self.router
+            leading, scores = native.scores(bank, router.score, flat)
+            decision = router.select(scores)
             if self.context.recorders:
                 self._record(decision.gates(), x.shape[:-1])
             return native.add_experts(bank, flat, leading, decision, y)
@@ -212,7 +213,8 @@ class _Mixture(nn.Module):
         return None if router.score.reads == "call" and router.candidates is not None else (1.0,)
 
     def _path(self, x: torch.Tensor, constant: tuple[float, ...] | None) -> Path:
-        if self.bank.whole:
+        bank = self.bank
+        if bank.whole:
             if constant is None:
                 self.router.score(None)
             return "merged"
@@ -229,11 +231,10 @@ class _Mixture(nn.Module):
         if x.device.type != "cpu":
             return "stacked"  # nothing that waits for the device
         if self.context.gates is None and (forced == "native" or native.enabled()):
-            enough = forced == "native" or x.shape[:-1].numel() >= native.FEWEST * self.bank.experts
-            if enough and native.serves(self.bank, self.router.score, x):
+            if native.serves(bank, self.router.score, x):
                 return "native"
-        shape, k = self.bank.shape, self.router.select.k if self.context.gates is None else self.context.active
-        return cheapest(x.shape[:-1].numel(), shape, k, *widths(self), self.bank.dtype, torch.get_num_threads())
+        k = self.router.select.k if self.context.gates is None else self.context.active
+        return cheapest(x.shape[:-1].numel(), bank.shape, k, *widths(self), bank.dtype, torch.get_num_threads())
 
     def _decide(
         self,

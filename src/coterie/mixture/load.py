@@ -32,9 +32,10 @@ def load(source: str, **kwargs: Any) -> Any:
         The model, of the transformers class that it was built as.
 
     Raises:
-        CoterieError: not a mixture, or a light one whose base is not the one it was built on.
+        CoterieError: not a mixture, a damaged one, or a light one whose base is not the one it was built on.
     """
     import transformers
+    from safetensors import SafetensorError
 
     location = locate(str(source), kwargs.get("token"))
     spec = read_spec(location)
@@ -50,7 +51,10 @@ def load(source: str, **kwargs: Any) -> Any:
     if not spec.get("base"):
         if base is not None:
             raise CoterieError("holds its own base", str(source), "leave out base=")
-        return cls.from_pretrained(location.path, **kwargs)
+        try:
+            return cls.from_pretrained(location.path, **kwargs)
+        except SafetensorError as error:
+            raise CoterieError(f"is truncated or damaged ({error})", str(source), "build or fetch it again") from None
 
     from .light import read_light
 

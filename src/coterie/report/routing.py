@@ -139,7 +139,7 @@ def cohen_kappa(observed: Tensor, picks: Tensor) -> Tensor:
         picks: (L, E) share q of tokens for which each layer chooses each expert.
     """
     chance = picks.double() @ picks.double().T
-    return torch.where(chance < 1, (observed - chance) / (1 - chance), 1.0)
+    return torch.where(observed.isnan() | (chance < 1), (observed - chance) / (1 - chance), 1.0)
 
 
 def dead(mass: Tensor) -> list[int]:
@@ -229,7 +229,9 @@ def record(
         candidates[at, list(shape.experts)] = True
     pairs = _Pairs(len(layers), len(names))
     # One decision for all layers has no margin in each, and cannot but agree.
-    apart = spec.routing.pool != "model" and spec.routing.score not in ("prepass", "retrieval")
+    routing = spec.routing
+    before = routing.score == "prepass" and not routing.score_options["layerwise"]
+    apart = routing.pool != "model" and routing.score not in ("signal", "retrieval") and not before
     done = []
     for task, expert, batches in tasks:
         if expert is not None and expert not in names:

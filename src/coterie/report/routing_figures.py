@@ -33,7 +33,7 @@ def routed(axis: Layers, record: RoutingRecord) -> list[Figure]:
         figures.append(_accuracy(axis, record))
     if any(task.margin.isfinite().any() for task in record.tasks):
         figures += [_certainty(axis, record, "margin"), _certainty(axis, record, "entropy")]
-    if bool((record.kappa.isfinite() & record.agreement.isfinite()).any()) and len(axis.paths) > 1:
+    if bool(record.kappa.isfinite().any()) and len(axis.paths) > 1:
         figures.append(_agreement(axis, record))
     if len(record.experts) > 1:
         figures.append(_committee(record))

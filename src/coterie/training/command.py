@@ -43,8 +43,8 @@ def train(
         more = (
             "--resume goes on from its last checkpoint" if left else "before its first checkpoint, so nothing is left"
         )
-        typer.echo(f"coterie: stopped; {more}", err=True)
-        raise typer.Exit(130) from None
+        typer.echo(f"coterie: {more}", err=True)
+        raise
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=1, ensure_ascii=False))
     else:

@@ -23,8 +23,6 @@ from ...routing.energy import SubspaceEnergy
 SOURCE = Path(__file__).with_name("experts.cpp")
 # By level, not "native": the extension cache may be shared by machines.
 TARGET = {"AVX512": ["-march=x86-64-v4"], "AVX2": ["-march=x86-64-v3"]}
-# Below this, an expert's weights are copied into panels for too few tokens.
-FEWEST = 8  # tokens an expert
 
 
 @lru_cache
@@ -65,16 +63,16 @@ def enabled() -> bool:
 
 def serves(bank: Bank, score: torch.nn.Module, x: torch.Tensor) -> bool:
     """Whether it computes a layer's call: low-rank experts of equal ranks, one dtype, no gradients."""
-    ranks = bank.shape.ranks or (0,)
+    shape, dtype = bank.shape, x.dtype
+    ranks = shape.ranks or (0,)
     return (
         not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
         and x.device.type == "cpu"
-        and x.dtype == bank.dtype
-        and x.dtype in (torch.float32, torch.bfloat16)
-        and len(set(ranks)) == 1
-        and ranks[0] > 0
-        and bank.shape.scale == 1
+        and dtype in (torch.float32, torch.bfloat16)
+        and dtype == bank.dtype
+        and min(ranks) == max(ranks) > 0
+        and shape.scale == 1
         and type(score) is SubspaceEnergy
     )
 

@@ -23,6 +23,7 @@ namespace {
 constexpr int64_t LANES = 16;  // floats in a vector; the compiler splits it where registers are narrower
 constexpr int64_t WIDE = 4 * LANES;
 constexpr int64_t CHUNK = 96;  // tokens in a piece of work: what lies between two products stays in the cache
+constexpr int64_t FEW = 8;     // tokens an expert: below, its weights are read where they lie, not copied into panels
 using Floats = float __attribute__((vector_size(LANES * sizeof(float))));
 
 using Words = uint32_t __attribute__((vector_size(LANES * sizeof(uint32_t))));
@@ -100,15 +101,84 @@ void project(const float* const* in, int64_t count, const float* panel, int64_t 
   for (int64_t t = 0; t < count; ++t) std::memcpy(out[t], sums[t], std::min(width, N * LANES) * sizeof(float));
 }
 
+float sum_of(Floats v) {
+  float sum = 0;
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < LANES; ++i) sum += v[i];
+  return sum;
+}
+
+// out[r] = rows[r] (depth) . x (depth) for `count` rows that lie one after another, four at once.
+template <class S>
+void dots(const S* rows, int64_t count, const S* x, int64_t depth, float* out) {
+  for (int64_t r = 0; r < count; r += 4) {
+    const int64_t some = std::min<int64_t>(4, count - r);
+    const S* from[4];
+    for (int64_t i = 0; i < 4; ++i) from[i] = rows + (r + std::min(i, some - 1)) * depth;
+    Floats sum[4] = {};
+    int64_t j = 0;
+    for (; j + LANES <= depth; j += LANES) {
+      const Floats column = load(x + j);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) sum[i] += load(from[i] + j) * column;
+    }
+    for (int64_t i = 0; i < some; ++i) {
+      float total = sum_of(sum[i]);
+      for (int64_t l = j; l < depth; ++l) total += float(from[i][l]) * float(x[l]);
+      out[r + i] = total;
+    }
+  }
+}
+
+// y (width) += sum_r z[r] rows[r] for `count` rows that lie one after another, eight at once.
+template <class S>
+void add_rows(const S* rows, int64_t count, const float* z, int64_t width, float* y) {
+  for (int64_t r = 0; r < count; r += 8) {
+    const S* from[8];
+    float times[8];
+    for (int64_t i = 0; i < 8; ++i) {
+      from[i] = rows + std::min(r + i, count - 1) * width;
+      times[i] = r + i < count ? z[r + i] : 0.f;
+    }
+    int64_t j = 0;
+    for (; j + LANES <= width; j += LANES) {
+      Floats sum = load(y + j);
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) sum += times[i] * load(from[i] + j);
+      store(y + j, sum);
+    }
+    for (; j < width; ++j)
+      for (int i = 0; i < 8; ++i) y[j] += times[i] * float(from[i][j]);
+  }
+}
+
+float norm_of(const float* z, int64_t count) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t r = 0; r < count; ++r) sum += z[r] * z[r];
+  return std::sqrt(sum);
+}
+
 // Projections x rows^T (tokens, experts, g), and their norms (tokens, experts). float32: where a processor has bfloat16
 // arithmetic, torch's product of such is the faster one.
 std::tuple<at::Tensor, at::Tensor> scores(const at::Tensor& x, const at::Tensor& rows, int64_t experts) {
   const int64_t tokens = x.size(0), d_in = x.size(1), all = rows.size(0), g = all / experts;
-  const int64_t panels = panels_of(all, WIDE);
-  const at::Tensor packed = at::empty({panels, d_in, WIDE}, x.options());
   const at::Tensor z = at::empty({tokens, experts, g}, x.options()), norms = at::empty({tokens, experts}, x.options());
   const float *in = x.const_data_ptr<float>(), *from = rows.const_data_ptr<float>();
-  float *panel = packed.data_ptr<float>(), *out = z.data_ptr<float>(), *norm = norms.data_ptr<float>();
+  float *out = z.data_ptr<float>(), *norm = norms.data_ptr<float>();
+  if (tokens < FEW) {
+    at::parallel_for(0, experts, 1, [&](int64_t first, int64_t last) {
+      for (int64_t e = first; e < last; ++e)
+        for (int64_t t = 0; t < tokens; ++t) {
+          dots(from + e * g * d_in, g, in + t * d_in, d_in, out + (t * experts + e) * g);
+          norm[t * experts + e] = norm_of(out + (t * experts + e) * g, g);
+        }
+    });
+    return {z, norms};
+  }
+  const int64_t panels = panels_of(all, WIDE);
+  const at::Tensor packed = at::empty({panels, d_in, WIDE}, x.options());
+  float* panel = packed.data_ptr<float>();
 
   at::parallel_for(0, panels, 1, [&](int64_t first, int64_t last) {
     for (int64_t p = first; p < last; ++p)
@@ -128,12 +198,7 @@ std::tuple<at::Tensor, at::Tensor> scores(const at::Tensor& x, const at::Tensor&
           }
           project<6, 4>(x_of, count, panel + p * d_in * WIDE, d_in, z_of, all - p * WIDE);
         }
-      for (int64_t i = begin * experts; i < end * experts; ++i) {
-        float sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t r = 0; r < g; ++r) sum += out[i * g + r] * out[i * g + r];
-        norm[i] = std::sqrt(sum);
-      }
+      for (int64_t i = begin * experts; i < end * experts; ++i) norm[i] = norm_of(out + i * g, g);
     }
   });
   return {z, norms};
@@ -172,9 +237,10 @@ void add(const at::Tensor& y, const at::Tensor& x, const at::Tensor& index, cons
   const int64_t depth = rank + (bias ? 1 : 0);  // the bias is one more rank, its projection 1
   const int64_t width = rest <= LANES ? LANES : 2 * LANES, panels = panels_of(rest, width);
   const int64_t blocks = panels_of(d_out, WIDE), whole = d_out / WIDE;
+  const bool few = tokens * k < FEW * experts;
   const auto floats = y.options().dtype(at::kFloat);
-  const at::Tensor packed_down = at::empty({experts, panels, d_in, width}, floats);
-  const at::Tensor packed_up = at::empty({experts, blocks, depth, WIDE}, floats);
+  const at::Tensor packed_down = at::empty({few ? 0 : experts, panels, d_in, width}, floats);
+  const at::Tensor packed_up = at::empty({few ? 0 : experts, blocks, depth, WIDE}, floats);
   float *downs = packed_down.data_ptr<float>(), *ups = packed_up.data_ptr<float>();
   S* out = y.data_ptr<S>();
   const S *in = x.const_data_ptr<S>(), *from_down = down.const_data_ptr<S>();
@@ -183,7 +249,7 @@ void add(const at::Tensor& y, const at::Tensor& x, const at::Tensor& index, cons
   const float* gate = gates ? gates->const_data_ptr<float>() : nullptr;
   const int64_t* chosen = index.const_data_ptr<int64_t>();
 
-  at::parallel_for(0, experts, 1, [&](int64_t first, int64_t last) {
+  at::parallel_for(0, few ? 0 : experts, 1, [&](int64_t first, int64_t last) {
     for (int64_t e = first; e < last; ++e) {
       pack(from_down + (e * rank + g) * d_in, rest, d_in, width, downs + e * panels * d_in * width);
       for (int64_t r = 0; r < depth; ++r) {
@@ -212,13 +278,15 @@ void add(const at::Tensor& y, const at::Tensor& x, const at::Tensor& index, cons
     for (int64_t t = 0; t < tokens; ++t) order[start[chosen[t * k + slot]]++] = t;
 
     at::parallel_for(0, work.size(), 1, [&](int64_t first, int64_t last) {
-      std::vector<float> buffer(CHUNK * depth), converted;
+      std::vector<float> buffer(CHUNK * depth), converted, added;
       for (int64_t w = first; w < last; ++w) {
         const auto [e, begin, end] = work[w];
         const int64_t* mine = order.data() + begin;
         const int64_t count = end - begin;
         float* z = buffer.data();
-        for (int64_t t = 0; t < count; t += 12) {
+        for (int64_t t = 0; few && t < count; ++t)
+          dots(from_down + (e * rank + g) * d_in, rest, in + mine[t] * d_in, d_in, z + t * depth + g);
+        for (int64_t t = 0; !few && t < count; t += 12) {
           const int64_t some = std::min<int64_t>(12, count - t);
           const float* x_of[12];
           float* z_of[12];
@@ -239,7 +307,13 @@ void add(const at::Tensor& y, const at::Tensor& x, const at::Tensor& index, cons
           if (gate)
             for (int64_t r = 0; r < depth; ++r) row[r] *= gate[mine[t] * k + slot];
         }
-        for (int64_t t = 0; t < count; t += 6) {
+        for (int64_t t = 0; few && t < count; ++t) {
+          added.assign(d_out, 0.f);
+          add_rows(from_up + e * rank * d_out, rank, z + t * depth, d_out, added.data());
+          if (bias) add_rows(from_bias + e * d_out, 1, z + t * depth + rank, d_out, added.data());
+          for (int64_t j = 0; j < d_out; ++j) out[mine[t] * d_out + j] += added[j];
+        }
+        for (int64_t t = 0; !few && t < count; t += 6) {
           const int64_t some = std::min<int64_t>(6, count - t);
           for (int64_t b = 0; b < blocks; ++b) {
             const float* panel = ups + (e * blocks + b) * depth * WIDE;
