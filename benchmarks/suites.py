@@ -80,15 +80,22 @@ def measured(name: str, part: Part, cache: Path) -> dict[str, Any]:
     """The gates of a part's first set of experts, what `coterie compare` finds on all sets, and the routers' worth."""
     found: dict[str, Any] = {"part": asdict(part), "machine": machine()}
     found["versions"] = versions("torch", "transformers", "peft")
-    suite, tasks, reader, experts = opened(part, cache)
+    suite, *_ = opened(part, cache)
     if part.gated:
-        passed = gates.measure(reader, tasks, experts, part.rows)
-        found["gates"] = plain({**asdict(passed), "verdicts": passed.verdicts()})
+        found["gates"] = passed(part, cache)
     results = compare(
         suite, part.methods, Path("build") / "suites" / name, experts=part.experts, seeds=part.seeds, rows=part.rows,
         validation_rows=part.validation_rows, cache=cache, grids={"smile": BY_TOKEN},
     )  # fmt: skip
     return found | {name: results[name] for name in ("comparisons", "summary")} | {"routers": routed(part, cache)}
+
+
+def passed(part: Part, cache: Path) -> dict[str, Any]:
+    """The gates, measured on the first set of experts."""
+    _, tasks, reader, experts = opened(part, cache)
+    found = gates.measure(reader, tasks, experts, part.rows)
+    account: dict[str, Any] = plain({**asdict(found), "verdicts": found.verdicts()})
+    return account
 
 
 def routed(part: Part, cache: Path) -> dict[str, Any]:
@@ -117,6 +124,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=list(PARTS), help="one part; the others are kept as they are")
     parser.add_argument("--routers", help="with --only: names, comma-separated; all else is kept as it is")
+    parser.add_argument("--gates", action="store_true", help="with --only: its gates; all else is kept as it is")
     parser.add_argument("--cache", type=Path, default=cache_directory())
     parser.add_argument("--out", type=Path, default=RESULTS / "suites.json")
     options = parser.parse_args()
@@ -124,13 +132,14 @@ def main() -> None:
     torch.set_num_threads(1)
     for name in [options.only] if options.only else PARTS:
         part = PARTS[name]
-        if options.routers:
-            own = routed(replace(part, routers=tuple(options.routers.split(","))), options.cache)
-        else:
-            found = measured(name, part, options.cache)
         result: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
         if options.routers:
+            own = routed(replace(part, routers=tuple(options.routers.split(","))), options.cache)
             found = {**result[name], "routers": {**result[name].get("routers", {}), **own}}
+        elif options.gates:
+            found = {**result[name], "gates": passed(part, options.cache)}
+        else:
+            found = measured(name, part, options.cache)
         options.out.write_text(compact({**result, name: found}) + "\n")
         print(f"{name} written: {options.out}", flush=True)
 

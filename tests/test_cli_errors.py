@@ -286,6 +286,17 @@ def test_expert_of_another_size(place: Place):
     place.refuses(place.recipe(), "'b'", "24", "16")
 
 
+def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.argv", ["coterie", "demo", "-o", "nowhere", "--device", "cpu"])
+    monkeypatch.setattr("coterie.evaluation.commands.check_device", stop)
+    with pytest.raises(SystemExit, match="130"):
+        main()
+    assert capsys.readouterr().err == "coterie: stopped\n"
+
+
 @both
 def test_expert_of_another_architecture(place: Place):
     config = BertConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=32)
@@ -574,7 +585,7 @@ def test_one_method(place: Place):
 )
 def test_a_device_that_cannot_be_used(place: Place, command: tuple[str, ...]):
     before, out = place.listing(), [] if command[0] == "eval" else ["-o", str(place.root / "out")]
-    for device in ("foo", "cuda:99"):
+    for device in ("foo", "cuda:99", "meta", "hpu"):
         code, _, err = place.run(*command, *out, "--cache", str(place.root / "cache"), "--device", device)
         assert code == 2 and f"device {device!r} cannot be used" in err and err.count("\n") == 1
     assert place.listing() == before

@@ -72,3 +72,6 @@ def test_experts_that_gain_nothing_have_no_gap() -> None:
     assert np.isnan(bootstrap(BASE, BASE, BASE)["recovered_gap"].value)
     lost = bootstrap(METHOD, EXPERT, BASE)["recovered_gap"]  # worse than the base: a loss is no recovery
     assert np.isnan([lost.value, lost.low, lost.high]).all()
+    # Resampled, some gaps are nothing but for rounding, and some are gains: there is no interval around no value.
+    little = bootstrap(METHOD, rows(0.5, 0.5), rows(0.55, 0.4))["recovered_gap"]
+    assert np.isnan([little.value, little.low, little.high]).all()

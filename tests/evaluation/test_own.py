@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 import torch
 import transformers as tf
@@ -28,7 +29,7 @@ from coterie.evaluation.causal import CausalReader
 from coterie.evaluation.compare import compare
 from coterie.evaluation.comparer import Comparer
 from coterie.evaluation.evaluate import evaluate, sheet
-from coterie.evaluation.own import read
+from coterie.evaluation.own import load_table, read
 from coterie.evaluation.suite import Split, Task
 
 NAMES = {"first": ["bad", "good", "so-so"], "second": ["art", "sport"]}
@@ -302,6 +303,11 @@ def test_a_task_with_one_class(world: dict[str, Any], tmp_path: Path) -> None:
     ],
 )
 def test_bad_tables(content: str, said: str, world: dict[str, Any], tmp_path: Path) -> None:
+    pandas.DataFrame({"text": [], "kind": []}).to_parquet(tmp_path / "none.parquet")
+    (tmp_path / "bad.jsonl").write_text(json.dumps({"text": "café", "kind": "x"}, ensure_ascii=False), "latin-1")
+    for file, why in (("none.parquet", "has no rows"), ("bad.jsonl", "save it as UTF-8")):
+        with pytest.raises(CoterieError, match=why):
+            load_table(tmp_path / file)
     (tmp_path / "bad.csv").write_text(content, encoding="latin-1")
     task = {"input": "text", "target": "kind", "test": str(tmp_path / "bad.csv"), "labels": ["x", "y"]}
     (tmp_path / "s.yaml").write_text(yaml.safe_dump({"base": str(world["paths"]["base"]), "tasks": {"t": task}}))
@@ -445,6 +451,10 @@ def test_a_vote_on_the_prompt_answers(tmp_path: Path) -> None:
         wanted.append(-np.mean([float(logits[i - 1, token]) for i, token in enumerate(row) if label[i] != -100]))
     assert len(decided) > 1
     assert reader.scores(mixture, task, split) == pytest.approx(np.array(wanted), rel=1e-5)
+    reader = CausalReader(tmp_path, max_tokens=8)  # the first answer's prompt is the first token alone
+    with torch.no_grad():
+        found = reader.scores(mixture, task, Split(("a", "b"), ("k l m n o p q r s t u", "z")))
+    assert np.isfinite(found).all()
     with pytest.raises(CoterieError, match="where it ends"):
         reader.scores(mixture, task, Split(rows[0], np.zeros(4)))
 

@@ -11,7 +11,7 @@ import torch
 import coterie
 from coterie.errors import CoterieError
 from coterie.report import routing
-from zoo import base_model, fine_tune, inputs, save
+from zoo import base_model, fine_tune, inputs, make_adapter, save
 
 PLACES = 1e-9
 
@@ -45,6 +45,7 @@ def test_agreement_and_kappa():
             assert float(same[i, j]) / 50 == pytest.approx(a, abs=PLACES)
             assert float(kappa[i, j]) == pytest.approx((a - c) / (1 - c), abs=PLACES)
     assert float(kappa[0, 1]) == pytest.approx(1)
+    assert routing.cohen_kappa(torch.full((2, 2), torch.nan), torch.full((2, 2), torch.nan)).isnan().all()
 
 
 def test_committees():
@@ -146,6 +147,44 @@ def test_record_equals_naive_sums(mixture):
     assert [len(example.ids) for example in first.examples] == [7, 4]
     assert first.examples[0].gates.shape == (len(found.layers), 7, 3)
     assert found.mass.sum(-1) == pytest.approx(torch.ones(2).double())
+
+
+def decisions(model, **batch):
+    """What a record of one batch holds."""
+    return routing.record(model, [("t", None, [batch])])
+
+
+@pytest.mark.parametrize("method", ["logo", "vote", "xlora", "one for all"])
+def test_layers_that_follow_one_decision_have_no_agreement(method, tmp_path):
+    base = base_model("llama")
+    if method == "logo":
+        save(base, tmp_path / "base")
+        adapters = {n: str(make_adapter(tmp_path / "base", tmp_path / n, s, arch="llama")) for s, n in enumerate("xy")}
+        given = {"base": str(tmp_path / "base"), "experts": adapters, "parameters": {"layer": "*q_proj"}}
+        coterie.build(method="logo", out=tmp_path / "out", **given)
+        model = coterie.load(str(tmp_path / "out"))
+    elif method == "vote":
+        model = coterie.smile(base, {n: fine_tune(base, s) for s, n in enumerate("xy")}, rank=4, pool="model")
+    else:
+        parameters = {"layerwise": method == "xlora"}
+        model = coterie.wrap(base, coterie.MixtureConfig(method="xlora", experts=["x", "y"], parameters=parameters))
+    found = decisions(model.eval(), **inputs("llama", batch=2))
+    together = method == "xlora"
+    assert bool(found.agreement.isfinite().all()) == bool(found.kappa.isfinite().any()) == together
+    assert bool(found.agreement.isfinite().any()) == together
+
+
+def test_who_calls_says_where_prompts_end():
+    base = base_model("llama")
+    experts = {name: fine_tune(base, seed, scale=0.3) for seed, name in enumerate("xyz")}
+    model = coterie.smile(base, experts, rank=4, gate_rank=2, pool="model")
+    ids = torch.randint(3, 20, (6, 6), generator=torch.Generator().manual_seed(1))
+    lengths, labels = torch.full((6,), 2), torch.where(torch.arange(6) < 2, -100, ids)
+    by_length = decisions(model, input_ids=ids, prompt_lengths=lengths).tasks[0].share
+    whole = decisions(model, input_ids=ids).tasks[0].share
+    assert torch.equal(decisions(model, input_ids=ids, labels=labels).tasks[0].share, by_length)
+    assert torch.equal(decisions(model, input_ids=ids, attention_mask=torch.ones_like(ids)).tasks[0].share, whole)
+    assert not torch.equal(whole, by_length)
 
 
 def test_scores_are_recorded_on_every_path(mixture):
