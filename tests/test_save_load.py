@@ -169,7 +169,7 @@ def test_a_mixture_directory_holds_what_the_design_says(tmp_path):
     json.loads(text, parse_constant=lambda c: pytest.fail(f"mixture.json holds {c}, which is no JSON"))
     (weights,) = out.glob("*.safetensors")
     os.truncate(weights, weights.stat().st_size // 2)
-    with pytest.raises(CoterieError, match="truncated or damaged.*build or fetch it again"):
+    with pytest.raises(CoterieError, match=r"truncated or damaged.*build or fetch it again"):
         coterie.load(str(out))
 
 

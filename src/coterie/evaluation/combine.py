@@ -228,7 +228,7 @@ class Experts:
 
     @property
     def parameters(self) -> int:
-        """How many numbers all experts are: fine-tunes as many as the base each, adapters their own and the base once."""
+        """How many numbers all experts are: fine-tunes as many as the base each, adapters their own beside one base."""
         base = sum(parameter.numel() for parameter in self.reader.model.parameters())
         files = [directory / WEIGHTS for directory in self.directories.values()]
         adapters = [sum(tensor.numel for _, tensor in headers(file)) for file in files if file.exists()]

@@ -108,6 +108,5 @@ def as_prompts(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
         return batch
     if "prompt_lengths" in batch or "labels" in batch:
         return batch
-    mask = batch.get("attention_mask")
-    whole = torch.ones_like(batch["input_ids"]) if mask is None else mask
-    return {**batch, "prompt_lengths": whole.sum(1)}
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    return {**batch, "prompt_lengths": (ids.new_ones(ids.shape) if mask is None else mask).sum(1)}

@@ -230,9 +230,9 @@ class _Mixture(nn.Module):
             return "merged" if once and not flows(self) else "grouped"
         if x.device.type != "cpu":
             return "stacked"  # nothing that waits for the device
-        if self.context.gates is None and (forced == "native" or native.enabled()):
-            if native.serves(bank, self.router.score, x):
-                return "native"
+        asked = self.context.gates is None and (forced == "native" or native.enabled())
+        if asked and native.serves(bank, self.router.score, x):
+            return "native"
         k = self.router.select.k if self.context.gates is None else self.context.active
         return cheapest(x.shape[:-1].numel(), bank.shape, k, *widths(self), bank.dtype, torch.get_num_threads())
 
