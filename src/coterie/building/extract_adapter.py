@@ -324,10 +324,6 @@ def _sites(inputs: Inputs) -> Sites:
     sites = choose_sites(skeleton.model, missing, modules, "base", None, skeleton.tied, inputs.warnings, needed=False)
     sites.why_dense |= {f"{path}.weight": why for path, why in refused.items()}
     if not sites.layers and not _fused(inputs, sites):
-        kinds = [(c.location.json("config.json") or {}).get("model_type") for c in inputs.checkpoints.values()]
-        if len(set(kinds)) > 1:
-            what = f"the fine-tune is a {kinds[1]!r} model and the base a {kinds[0]!r} model"
-            raise CoterieError(what, "extract", "give the base that it was tuned from")
         what = f"no linear layer of {type(skeleton.model).__name__} is left to adapt"
         raise CoterieError(what, "extract", "check --include and --exclude")
     return sites
