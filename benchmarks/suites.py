@@ -3,6 +3,7 @@
     python benchmarks/suites.py                       # all; what the cache lacks is trained first: hours
     python benchmarks/suites.py --only vision8-lora   # one part; the others are kept as they are
     python benchmarks/suites.py --only vision8-lora --routers smile,phatgoose   # of it these routers; all else is kept
+    python benchmarks/suites.py --only vision8-lora --gates   # of it the gates; all else is kept
 
 Everything finished is kept in the cache: what is stopped goes on. The figures go to benchmarks/results/suites.json, and
 the reports of `coterie compare` to build/suites.
@@ -123,23 +124,31 @@ def opened(part: Part, cache: Path) -> tuple[Suite, tuple[Task, ...], Any, dict[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=list(PARTS), help="one part; the others are kept as they are")
-    parser.add_argument("--routers", help="with --only: names, comma-separated; all else is kept as it is")
-    parser.add_argument("--gates", action="store_true", help="with --only: its gates; all else is kept as it is")
+    amend = parser.add_mutually_exclusive_group()
+    amend.add_argument("--routers", help="with --only: names, comma-separated; all else is kept as it is")
+    amend.add_argument("--gates", action="store_true", help="with --only: its gates; all else is kept as it is")
     parser.add_argument("--cache", type=Path, default=cache_directory())
     parser.add_argument("--out", type=Path, default=RESULTS / "suites.json")
     options = parser.parse_args()
     quiet()
     torch.set_num_threads(1)
+
+    def stored() -> dict[str, Any]:
+        return json.loads(options.out.read_text()) if options.out.exists() else {}
+
+    if (options.routers or options.gates) and options.only not in stored():
+        parser.error("--routers and --gates amend a part that was measured: name it with --only")
     for name in [options.only] if options.only else PARTS:
         part = PARTS[name]
-        result: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
         if options.routers:
-            own = routed(replace(part, routers=tuple(options.routers.split(","))), options.cache)
-            found = {**result[name], "routers": {**result[name].get("routers", {}), **own}}
-        elif options.gates:
-            found = {**result[name], "gates": passed(part, options.cache)}
+            found = {"routers": routed(replace(part, routers=tuple(options.routers.split(","))), options.cache)}
         else:
-            found = measured(name, part, options.cache)
+            found = {"gates": passed(part, options.cache)} if options.gates else measured(name, part, options.cache)
+        result = stored()  # as it is by now
+        if options.routers:
+            found["routers"] = {**result[name].get("routers", {}), **found["routers"]}
+        if options.routers or options.gates:
+            found = {**result[name], **found}
         options.out.write_text(compact({**result, name: found}) + "\n")
         print(f"{name} written: {options.out}", flush=True)
 

@@ -301,7 +301,13 @@ def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
 def test_expert_of_another_architecture(place: Place):
     config = BertConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=32)
     BertForSequenceClassification(config).save_pretrained(place.root / "bert")
-    for base, expert, kinds in (("base", "bert", ("bert", "llama")), ("bert", "a", ("llama", "bert"))):
+    (place.root / "unknown").mkdir()
+    (place.root / "unknown" / "config.json").write_text('{"model_type": "foo"}')
+    for base, expert, kinds in (
+        ("base", "bert", ("bert", "llama")),
+        ("bert", "a", ("llama", "bert")),
+        ("base", "unknown", ("foo", "llama")),
+    ):
         recipe = place.recipe(base=str(place.root / base), experts={"x": str(place.root / expert)})
         said = f"expert 'x' ({place.root / expert}): is a {kinds[0]!r} model, and the base"
         place.refuses(recipe, said, f"a {kinds[1]!r} model")

@@ -453,7 +453,7 @@ def test_a_vote_on_the_prompt_answers(tmp_path: Path) -> None:
     assert reader.scores(mixture, task, split) == pytest.approx(np.array(wanted), rel=1e-5)
     reader = CausalReader(tmp_path, max_tokens=8)  # the first answer's prompt is the first token alone
     with torch.no_grad():
-        found = reader.scores(mixture, task, Split(("a", "b"), ("k l m n o p q r s t u", "z")))
+        found = reader.scores(mixture, task, Split(("b", *"a" * 65), ("z", *["k l m n o p q r s t u"] * 65)))
     assert np.isfinite(found).all()
     with pytest.raises(CoterieError, match="where it ends"):
         reader.scores(mixture, task, Split(rows[0], np.zeros(4)))

@@ -183,6 +183,7 @@ def test_who_calls_says_where_prompts_end():
     by_length = decisions(model, input_ids=ids, prompt_lengths=lengths).tasks[0].share
     whole = decisions(model, input_ids=ids).tasks[0].share
     assert torch.equal(decisions(model, input_ids=ids, labels=labels).tasks[0].share, by_length)
+    assert torch.equal(decisions(model, input_ids=ids, labels=ids).tasks[0].share, whole)  # no prompt is told apart
     assert torch.equal(decisions(model, input_ids=ids, attention_mask=torch.ones_like(ids)).tasks[0].share, whole)
     assert not torch.equal(whole, by_length)
 

@@ -275,9 +275,12 @@ def _architecture(recipe: Recipe, base_config: Any, base: Location, places: dict
 
 def _require_one_kind(recipe: Recipe, base_config: Any, places: dict[str, Location]) -> None:
     """Refuse experts of another architecture than the base; one may be a part of the other."""
+    kinds = _kinds(base_config)
     for name, place in places.items():
         stated = None if place.is_adapter else (place.json("config.json") or {}).get("model_type")
-        if stated and not _kinds(_config(place)) & _kinds(base_config):
+        if not stated or stated in kinds:
+            continue
+        if stated not in transformers.CONFIG_MAPPING or not _kinds(_config(place)) & kinds:
             mend = "give models of one architecture, or name it with `architecture`"
             raise kind_error(name, place, stated, f"the base ({recipe.base})", base_config.model_type, mend)
 

@@ -94,7 +94,7 @@ class CausalReader:
 
     def labelled(self, rows: Split) -> tuple[list[list[int]], list[list[int]]]:
         """Token ids of prompt, answer and end of each row; and the same with the prompt's tokens IGNORED."""
-        if isinstance(rows.targets, np.ndarray):
+        if not _prompted(rows):
             prompts, answers = self.tokenize(("",) * len(rows)), self.tokenize(rows.inputs)
         else:
             prompts, answers = self.tokenize(rows.inputs), self.tokenize(rows.targets)
@@ -104,12 +104,13 @@ class CausalReader:
         ]
         return [[*start, *end] for start, end in pairs], [[*[IGNORED] * len(start), *end] for start, end in pairs]
 
-    def losses(self, model: nn.Module, ids: list[list[int]], labels: list[list[int]]) -> tuple[Tensor, Tensor]:
-        """(B,) summed negative log-likelihood of each row's answer, and (B,) its tokens."""
+    def losses(
+        self, model: nn.Module, ids: list[list[int]], labels: list[list[int]], prompted: bool
+    ) -> tuple[Tensor, Tensor]:
+        """(B,) summed negative log-likelihood of each row's answer, and (B,) its tokens; `prompted`: as `_prompted`."""
         batch = self.padded(ids)
-        prompts = [row.count(IGNORED) for row in labels]
-        if hasattr(model, "coterie") and max(prompts) > 1:  # its routers may decide by what follows the first token
-            batch["prompt_lengths"] = torch.tensor(prompts, device=self.device)
+        if hasattr(model, "coterie") and prompted:  # its routers may decide by the prompt
+            batch["prompt_lengths"] = torch.tensor([row.count(IGNORED) for row in labels], device=self.device)
         width = batch["input_ids"].shape[1]
         wanted = torch.tensor([[*row, *[IGNORED] * (width - len(row))] for row in labels], device=self.device)[:, 1:]
         logits = model(**batch).logits[:, :-1].float()
@@ -118,7 +119,7 @@ class CausalReader:
 
     def loss(self, model: nn.Module, task: Task, rows: Split) -> Tensor:
         """() negative log-likelihood per answered token of the batch."""
-        total, tokens = self.losses(model, *self.labelled(rows))
+        total, tokens = self.losses(model, *self.labelled(rows), _prompted(rows))
         return total.sum() / tokens.sum()
 
     def logits(self, task: Task, output: Any) -> Tensor:
@@ -136,7 +137,9 @@ class CausalReader:
             ids, labels = self.labelled(split)
             for rows in _alike(ids, 64):
                 with told(model, (split.inputs[row] for row in rows)):
-                    total, tokens = self.losses(model, [ids[row] for row in rows], [labels[row] for row in rows])
+                    total, tokens = self.losses(
+                        model, [ids[row] for row in rows], [labels[row] for row in rows], _prompted(split)
+                    )
                 scores[rows] = (total / tokens).double().cpu().numpy()
             return scores
         prompts = [self._begun(ids, self.max_tokens) for ids in self.tokenize(split.inputs)]
@@ -174,6 +177,11 @@ class CausalReader:
             mask = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
             features[rows] = ((hidden * mask).sum(1) / mask.sum(1)).float().cpu().numpy()
         return features
+
+
+def _prompted(rows: Split) -> bool:
+    """Whether the rows are prompts and answers, not whole texts."""
+    return not isinstance(rows.targets, np.ndarray)
 
 
 def _alike(ids: list[list[int]], size: int) -> Iterator[np.ndarray]:

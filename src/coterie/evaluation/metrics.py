@@ -53,8 +53,9 @@ def _macro_f1(confusion: np.ndarray) -> np.ndarray:
 
 
 MOST_CLASSES = 32
-ROUNDING = 1e-12  # what is left of a gap of nothing
 """Of a task that is read by F1."""
+ROUNDING = 1e-12
+"""What is left of a gap of nothing."""
 
 METRICS = {
     "accuracy": Metric("1 where the answer is right, else 0", _columns, lambda mean: mean[..., 0]),

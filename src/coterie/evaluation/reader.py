@@ -100,13 +100,16 @@ def told(
 
 def as_prompts(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
     """What a model is called with to see its routing: where it writes and its routers decide by the prompt, each row is
-    one, unless the batch says by `prompt_lengths` or `labels` where prompts end."""
+    one, unless the batch says where prompts end: by `prompt_lengths`, or by `labels` that begin with -100."""
     from ..mixture.kinds import is_causal
 
     handle = getattr(model, "coterie", None)
     if handle is None or handle.spec.routing.pool not in ("prompt", "model") or not is_causal(model):
         return batch
-    if "prompt_lengths" in batch or "labels" in batch:
+    mask, labels = batch.get("attention_mask"), batch.get("labels")
+    if mask is None:
+        mask = batch["input_ids"].new_ones(batch["input_ids"].shape)
+    first = mask.long().argmax(1, keepdim=True)
+    if "prompt_lengths" in batch or (labels is not None and bool((labels.gather(1, first) == -100).all())):
         return batch
-    ids, mask = batch["input_ids"], batch.get("attention_mask")
-    return {**batch, "prompt_lengths": (ids.new_ones(ids.shape) if mask is None else mask).sum(1)}
+    return {**batch, "prompt_lengths": mask.sum(1)}

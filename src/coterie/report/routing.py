@@ -214,7 +214,8 @@ def record(
             that begin with the rows; and perhaps their `texts`, for a mixture that retrieves experts by them, or what
             else the rows are read from and its `encoder` (see `told`). Tokens that its `attention_mask` (batch, tokens)
             hides do not count in layers that see exactly these tokens, `decoder_attention_mask` likewise. Where the
-            routers of a model that writes decide by the prompt, a row is one, unless `prompt_lengths` says otherwise.
+            routers of a model that writes decide by the prompt, a row is one, unless `prompt_lengths`, or `labels` that
+            begin with -100, say otherwise.
         examples: how many rows of each task are kept token by token, where batches hold `input_ids`.
         tell: is told what is being done.
 

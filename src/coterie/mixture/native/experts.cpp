@@ -23,7 +23,7 @@ namespace {
 constexpr int64_t LANES = 16;  // floats in a vector; the compiler splits it where registers are narrower
 constexpr int64_t WIDE = 4 * LANES;
 constexpr int64_t CHUNK = 96;  // tokens in a piece of work: what lies between two products stays in the cache
-constexpr int64_t FEW = 8;     // tokens an expert: below, its weights are read where they lie, not copied into panels
+constexpr int64_t FEW = 8;     // tokens of an expert: for fewer its weights are read where they lie, not from panels
 using Floats = float __attribute__((vector_size(LANES * sizeof(float))));
 
 using Words = uint32_t __attribute__((vector_size(LANES * sizeof(uint32_t))));
@@ -152,6 +152,14 @@ void add_rows(const S* rows, int64_t count, const float* z, int64_t width, float
   }
 }
 
+// y (width) += x, rounded once.
+template <class S>
+void add_to(S* y, const float* x, int64_t width) {
+  int64_t j = 0;
+  for (; j + LANES <= width; j += LANES) store(y + j, load(y + j) + load(x + j));
+  for (; j < width; ++j) y[j] = float(y[j]) + x[j];
+}
+
 float norm_of(const float* z, int64_t count) {
   float sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -237,11 +245,6 @@ void add(const at::Tensor& y, const at::Tensor& x, const at::Tensor& index, cons
   const int64_t depth = rank + (bias ? 1 : 0);  // the bias is one more rank, its projection 1
   const int64_t width = rest <= LANES ? LANES : 2 * LANES, panels = panels_of(rest, width);
   const int64_t blocks = panels_of(d_out, WIDE), whole = d_out / WIDE;
-  const bool few = tokens * k < FEW * experts;
-  const auto floats = y.options().dtype(at::kFloat);
-  const at::Tensor packed_down = at::empty({few ? 0 : experts, panels, d_in, width}, floats);
-  const at::Tensor packed_up = at::empty({few ? 0 : experts, blocks, depth, WIDE}, floats);
-  float *downs = packed_down.data_ptr<float>(), *ups = packed_up.data_ptr<float>();
   S* out = y.data_ptr<S>();
   const S *in = x.const_data_ptr<S>(), *from_down = down.const_data_ptr<S>();
   const S *from_up = up.const_data_ptr<S>(), *from_bias = bias ? bias->const_data_ptr<S>() : nullptr;
@@ -249,13 +252,26 @@ void add(const at::Tensor& y, const at::Tensor& x, const at::Tensor& index, cons
   const float* gate = gates ? gates->const_data_ptr<float>() : nullptr;
   const int64_t* chosen = index.const_data_ptr<int64_t>();
 
-  at::parallel_for(0, few ? 0 : experts, 1, [&](int64_t first, int64_t last) {
-    for (int64_t e = first; e < last; ++e) {
-      pack(from_down + (e * rank + g) * d_in, rest, d_in, width, downs + e * panels * d_in * width);
+  std::vector<int64_t> load_of(experts), place_of(experts, -1), busy;  // the busy experts' weights are put into panels
+  for (int64_t i = 0; i < tokens * k; ++i) ++load_of[chosen[i]];
+  for (int64_t e = 0; e < experts; ++e)
+    if (load_of[e] >= FEW) {
+      place_of[e] = busy.size();
+      busy.push_back(e);
+    }
+  const auto floats = y.options().dtype(at::kFloat);
+  const at::Tensor packed_down = at::empty({int64_t(busy.size()), panels, d_in, width}, floats);
+  const at::Tensor packed_up = at::empty({int64_t(busy.size()), blocks, depth, WIDE}, floats);
+  float *downs = packed_down.data_ptr<float>(), *ups = packed_up.data_ptr<float>();
+
+  at::parallel_for(0, busy.size(), 1, [&](int64_t first, int64_t last) {
+    for (int64_t place = first; place < last; ++place) {
+      const int64_t e = busy[place];
+      pack(from_down + (e * rank + g) * d_in, rest, d_in, width, downs + place * panels * d_in * width);
       for (int64_t r = 0; r < depth; ++r) {
         const S* from = r < rank ? from_up + (e * rank + r) * d_out : from_bias + e * d_out;
         for (int64_t b = 0; b < blocks; ++b) {
-          float* to = ups + ((e * blocks + b) * depth + r) * WIDE;
+          float* to = ups + ((place * blocks + b) * depth + r) * WIDE;
           const int64_t count = std::min(WIDE, d_out - b * WIDE);
           std::copy_n(from + b * WIDE, count, to);
           std::fill(to + count, to + WIDE, 0.f);
@@ -282,7 +298,8 @@ void add(const at::Tensor& y, const at::Tensor& x, const at::Tensor& index, cons
       for (int64_t w = first; w < last; ++w) {
         const auto [e, begin, end] = work[w];
         const int64_t* mine = order.data() + begin;
-        const int64_t count = end - begin;
+        const int64_t count = end - begin, place = place_of[e];
+        const bool few = place < 0;
         float* z = buffer.data();
         for (int64_t t = 0; few && t < count; ++t)
           dots(from_down + (e * rank + g) * d_in, rest, in + mine[t] * d_in, d_in, z + t * depth + g);
@@ -292,7 +309,7 @@ void add(const at::Tensor& y, const at::Tensor& x, const at::Tensor& index, cons
           float* z_of[12];
           rows_of(in, mine + t, some, d_in, converted, x_of);
           for (int64_t p = 0; p < panels; ++p) {
-            const float* panel = downs + (e * panels + p) * d_in * width;
+            const float* panel = downs + (place * panels + p) * d_in * width;
             for (int64_t i = 0; i < some; ++i) z_of[i] = z + (t + i) * depth + g + p * width;
             if (width == LANES)
               project<12, 1>(x_of, some, panel, d_in, z_of, rest - p * width);
@@ -311,12 +328,12 @@ void add(const at::Tensor& y, const at::Tensor& x, const at::Tensor& index, cons
           added.assign(d_out, 0.f);
           add_rows(from_up + e * rank * d_out, rank, z + t * depth, d_out, added.data());
           if (bias) add_rows(from_bias + e * d_out, 1, z + t * depth + rank, d_out, added.data());
-          for (int64_t j = 0; j < d_out; ++j) out[mine[t] * d_out + j] += added[j];
+          add_to(out + mine[t] * d_out, added.data(), d_out);
         }
         for (int64_t t = 0; !few && t < count; t += 6) {
           const int64_t some = std::min<int64_t>(6, count - t);
           for (int64_t b = 0; b < blocks; ++b) {
-            const float* panel = ups + (e * blocks + b) * depth * WIDE;
+            const float* panel = ups + (place * blocks + b) * depth * WIDE;
             const float* z_of[6];
             S* y_of[6];
             for (int64_t i = 0; i < some; ++i) {
@@ -330,7 +347,7 @@ void add(const at::Tensor& y, const at::Tensor& x, const at::Tensor& index, cons
             float sums[WIDE], *to[1] = {sums};
             for (int64_t i = 0; i < some; ++i) {
               multiply<1, 4, false>(z_of + i, panel, depth, to);
-              for (int64_t j = 0; j < std::min(WIDE, d_out - b * WIDE); ++j) y_of[i][j] += sums[j];
+              add_to(y_of[i], sums, std::min(WIDE, d_out - b * WIDE));
             }
           }
         }
