@@ -187,7 +187,7 @@ def goals(cell: Cell, cost: dict[str, float], ratios: dict[str, float], native: 
     if routed and not cell.model and cell.tokens >= 512:
         factor = 2 if min(cell.d_in, cell.d_out) >= 768 else 3
         at_most(f"{factor} x theory", 1 + factor * cost["theory"])
-        if ratios.get(REFERENCE, 0) > 1:
+        if ratios.get(REFERENCE, 0) > 1:  # else it has no overhead to be less than
             overhead = ratios[REFERENCE] - 1
             at_most("reference's overhead / 2.5", 1 / LESS_THAN_REFERENCE, lambda ratio: (ratio - 1) / overhead)
     if routed and not cell.model and cell.tokens <= 32 and min(cell.d_in, cell.d_out) >= 768:

@@ -149,7 +149,7 @@ def goals_table(accounts: list[Account]) -> str:
             named.get(kind, kind), str(len(found)), str(sum(each["met"] for each in found)),
             str(sum(each.get("met_compiled", each["met"]) for each in found))
             if any("met_compiled" in each for each in found) else "–",
-            str(sum(each["met_by_theory"] for each in found)),
+            "–" if kind.endswith("x theory") else str(sum(each["met_by_theory"] for each in found)),
         ]
         for kind, found in sorted(kinds.items())
     ]  # fmt: skip
