@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -290,6 +292,21 @@ def test_factors_are_factorised_as_their_product_is(rank):
     torch.testing.assert_close((found.u * found.s) @ found.vt, (dense.u * dense.s) @ dense.vt, rtol=0, atol=1e-9)
     assert found.norm == pytest.approx(dense.norm)
     assert found.rank == 8
+
+
+@pytest.mark.parametrize("columns", [8, 24, 80])  # 80: more than a side
+@pytest.mark.parametrize("condition", [1, 1e5, math.inf])
+def test_factors_of_any_condition(columns, condition):
+    scales = torch.logspace(0, -math.log10(condition) if condition < math.inf else -1, columns).double()
+    scales[-1] *= condition < math.inf
+    turn = torch.linalg.qr(noise(columns, columns, 2).double())[0]
+    up, down = noise(90, columns).double() * scales @ turn, turn.T @ noise(columns, 70, 1).double()
+    found, exact = low_rank_svd(up, down), torch.linalg.svdvals(up @ down)
+    assert found.rank == min(columns - (condition == math.inf and columns < 70), 70)
+    torch.testing.assert_close(found.s, exact[: found.rank], rtol=1e-8, atol=0)
+    for rows in (found.u.T, found.vt):
+        torch.testing.assert_close(rows @ rows.T, torch.eye(found.rank).double(), rtol=0, atol=1e-8)
+    torch.testing.assert_close((found.u * found.s) @ found.vt, up @ down, rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (700, 900)])

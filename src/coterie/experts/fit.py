@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import combinations
 from typing import Literal, TypeVar
 
 import torch
@@ -247,5 +247,9 @@ def spread(candidates: Sequence[int], values: Sequence[T], experts: int) -> list
 
 def overlap(rows: list[torch.Tensor]) -> float:
     """The mean over pairs of `|V_i V_j^T|_F^2 / g`, of orthonormal rows (g, d)."""
-    pairs = [float((a @ b.T).square().sum()) / max(len(a), 1) for a, b in combinations(rows, 2)]
-    return sum(pairs) / len(pairs)
+    later = torch.cat(rows)
+    energy = torch.zeros((), dtype=later.dtype)
+    for row in rows[:-1]:
+        later = later[len(row) :]
+        energy += (row @ later.T).square().sum()
+    return float(energy) / (max(len(rows[0]), 1) * math.comb(len(rows), 2))
