@@ -77,7 +77,8 @@ def drawer(tmp_path_factory):
         (folder / f"{name}.csv").write_text("text,label\n" + "".join(f"{r['text']},{r['label']}\n" for r in rows))
     names = ("calm", "glad", "sad")
     lines = [json.dumps({"text": r["text"], "label": names[r["label"]]}) for r in rows]
-    (folder / "emotion.jsonl").write_text("\n".join(lines))
+    for name in ("emotion", "emotion-validation"):
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
     for name in ("reviews", "comments"):
         (folder / f"{name}.txt").write_text("what a film\nyou are\n")
     save(base_model("llama"), folder / "Qwen/Qwen3-0.6B")

@@ -302,8 +302,8 @@ def inspect(
         if suite:
             from .evaluation.evaluate import routed_tasks
 
-            kind = (locate(directory, token).json("config.json") or {}).get("model_type", "")
-            tasks = routed_tasks(suite, kind, look(directory, token).experts, rows, cache or cache_directory())
+            config = locate(directory, token).json("config.json") or {}
+            tasks = routed_tasks(suite, config, look(directory, token).experts, rows, cache or cache_directory())
         look_inside(
             directory, html, text or [], tasks, token=token, base=base,
             tell=lambda what: status.update(f"looking at {what}"),

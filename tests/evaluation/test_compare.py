@@ -106,7 +106,7 @@ def test_a_merge_is_its_formula(suite: Suite, copied: Path) -> None:
 
 def test_merges_that_need_statistics_are_given_them(suite: Suite, copied: Path) -> None:
     found = run(suite, copied, "fisher,regmean,average")
-    assert found["comparisons"][0]["notes"] == []
+    assert all("validation rows, too" in note for note in found["comparisons"][0]["notes"])  # texts drawn at random
     average, fisher, regmean = (results(found, name)[0]["skill"] for name in ("average", "fisher", "regmean"))
     assert average != fisher and average != regmean
     assert not list((copied / "cache").rglob("*.safetensors"))
@@ -364,6 +364,17 @@ def test_a_task_that_tells_nothing(suite: Suite, tmp_path: Path) -> None:
     assert found["comparisons"][0]["notes"][0] == (
         "the test rows of first are all of one class: any constant answer is right"
     )
+
+
+def test_rows_that_are_chosen_on_are_not_tested_on(suite: Suite, tmp_path: Path) -> None:
+    first, second = suite.tasks()
+    shared = replace(second, validation=second.test.head(3))
+    found = run(replace(suite, tasks=lambda **sizes: (first, shared)), tmp_path, "average")
+    notes = [note for note in found["comparisons"][0]["notes"] if "validation rows, too" in note]
+    assert notes == [
+        f"3 of the {len(second.test)} test rows of second are validation rows, too: what was chosen there was chosen "
+        "on them"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from coterie.evaluation.compare import compare
 from coterie.evaluation.comparer import Comparer
 from coterie.evaluation.evaluate import evaluate, sheet
 from coterie.evaluation.own import load_table, read
+from coterie.evaluation.reader import most_tokens
 from coterie.evaluation.suite import Split, Task
 
 NAMES = {"first": ["bad", "good", "so-so"], "second": ["art", "sport"]}
@@ -84,7 +85,7 @@ def test_experts_and_mixture_answer_through_their_own_heads(world: dict[str, Any
 
 
 def test_two_classes_do_not_fit_three(world: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(CoterieError, match="the classes art, sport, and the model's head"):
+    with pytest.raises(CoterieError, match=r"has the classes .*; if these are the task's, give labels"):
         three = {**world["suite"], "tasks": {"second": world["suite"]["tasks"]["second"]}, "experts": {}}
         (tmp_path / "three.yaml").write_text(yaml.safe_dump(three))
         evaluate(tmp_path / "three.yaml", [str(world["paths"]["first"])], cache=tmp_path)
@@ -129,8 +130,8 @@ def test_the_base_answers_through_the_heads_of_the_experts(world: dict[str, Any]
         wanted[::5] = (wanted[::5] + 1) % len(NAMES[task])
         assert found["models"][0]["values"][task] == np.mean(answers(tmp_path / task, inputs) == wanted)
     lines = sheet(found).caption.splitlines()  # of each model, what it says of each task that it has no value on
-    assert [line.partition(" has the classes")[0] for line in lines[1:]] == [
-        "first: task 'second'", "second: task 'first'",
+    assert [line.partition(" the classes ")[0] for line in lines[1:]] == [
+        "first: the model's head has", "second: the model's head has",
     ]  # fmt: skip
 
 
@@ -145,14 +146,16 @@ def test_classes_are_matched_by_name() -> None:
     assert columns(["A", "b", "a"], "a", "b") == [2, 1]
     assert columns(["LABEL_0", "LABEL_1"], "negative", "positive") == [0, 1]
     for names in (["POS", "NEG"], ["LABEL_0", "LABEL_1", "LABEL_2"], ["Positive", "POSITIVE", "negative"]):
-        with pytest.raises(CoterieError, match=f"the model's head {', '.join(names)}; give labels"):
+        with pytest.raises(CoterieError, match=r"the model's head has .*give labels"):
             columns(names, "negative", "positive")
+    with pytest.raises(CoterieError, match=r"no one class 'positiv'; give labels: .* did you mean 'Positive'?"):
+        columns(["Positive", "Negative"], "negative", "positiv")
 
 
 def test_another_task_with_as_many_classes(world: dict[str, Any], tmp_path: Path) -> None:
     task = {**world["suite"]["tasks"]["second"], "labels": {0: "no", 1: "yes"}}
     (tmp_path / "s.yaml").write_text(yaml.safe_dump({"base": str(world["paths"]["base"]), "tasks": {"t": task}}))
-    with pytest.raises(CoterieError, match="the classes no, yes, and the model's head art, sport"):
+    with pytest.raises(CoterieError, match="the model's head has the classes art, sport; if these"):
         evaluate(tmp_path / "s.yaml", [str(world["paths"]["second"])], cache=tmp_path)
 
 
@@ -246,13 +249,49 @@ def test_compare_with_heads(world: dict[str, Any], tmp_path: Path) -> None:
         assert average["skill"][i] == pytest.approx((answers(tmp_path / task, inputs) == expected).mean(), abs=0.026)
 
 
+def test_a_mixture_of_another_base(world: dict[str, Any], tmp_path: Path) -> None:
+    """Refused for its widths or fewer tokens than the suite's base has, in `eval` and `inspect`, before it is run."""
+    for name, sizes in {"deeper": {"num_hidden_layers": 3}, "smaller": {"vocab_size": 20}}.items():
+        base = save(base_model("bert", **sizes), tmp_path / name)
+        mixture = tmp_path / f"{name}-mixture"
+        experts = {n: str(save(fine_tune(base_model("bert", **sizes), s), tmp_path / n)) for s, n in enumerate("ab")}
+        coterie.build({"method": "smile", "base": str(base), "experts": experts}, out=mixture)
+        said = f"read by models of {next(iter(sizes))} "
+        with pytest.raises(CoterieError, match=said):
+            evaluate(world["yaml"], [str(mixture)], cache=tmp_path)
+        given = ["inspect", str(mixture), "--suite", str(world["yaml"]), "--html", str(tmp_path / "p.html")]
+        assert said in str(CliRunner().invoke(app, given).exception)
+
+
+def test_texts_longer_than_the_model_has_positions_for(world: dict[str, Any], tmp_path: Path) -> None:
+    words = " ".join("abcdefghij" * 20)
+    (tmp_path / "long.csv").write_text(f"text,kind\n{words},0\n{words},0\n")
+    task = {**world["suite"]["tasks"]["second"], "test": str(tmp_path / "long.csv")}
+    suite = {**world["suite"], "experts": {}, "tasks": {"second": task}, "max_tokens": 4096}
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(suite))
+    found = evaluate(tmp_path / "s.yaml", [str(world["paths"]["second"])], cache=tmp_path)
+    assert found["models"][0]["values"]["second"] in (0, 1)
+    assert "the test rows of second are all of one class" in sheet(found).caption
+    given = ["inspect", str(world["folder"] / "mixture"), "--text", words, "--html", str(tmp_path / "p.html")]
+    assert CliRunner().invoke(app, given).exit_code == 0
+    roberta = tf.RobertaModel(
+        tf.RobertaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+                         max_position_embeddings=20)
+    )  # fmt: skip
+    most = most_tokens(roberta, 128)
+    roberta(torch.full((1, most), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        roberta(torch.full((1, most + 1), 5))
+    assert most_tokens(roberta, 7) == 7
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         ({"bas": "x"}, "unknown key 'bas'; did you mean 'base'"),
         ({"tasks": {"first": {"inptu": "text"}}}, "unknown key 'tasks.first.inptu'; did you mean 'input'"),
         ({"tasks": {"first": {"test": None}}}, "tasks.first.test"),
-        ({"tasks": {"first": {"metric": "acuracy"}}}, "tasks.first.metric"),
+        ({"tasks": {"first": {"metric": "acuracy"}}}, r"unknown metric 'acuracy' .*; did you mean 'accuracy'"),
         ({"tasks": {"first": {"metric": "perplexity"}}}, "a classifier reader has no perplexity"),
         ({"tasks": {"first": {"target": None}}}, "names no target column"),
         ({"tasks": {"first": {"target": "knd"}}}, "no column 'knd'; did you mean 'kind'"),
@@ -260,8 +299,8 @@ def test_compare_with_heads(world: dict[str, Any], tmp_path: Path) -> None:
         ({"tasks": {"first": {"test": "nowhere.csv"}}}, "nowhere.csv: no such file"),
         ({"tasks": {"first": {"test": "table.xlsx"}}}, "is no CSV, JSONL or Parquet file"),
         ({"tasks": {"first": {"labels": {0: "bad", 1: "good"}}}}, "'2' in column 'kind' is no label"),
-        ({"tasks": {"first": {"labels": {0: "all"}}}}, "'first': its labels name fewer than two classes"),
-        ({"tasks": {"first": {"labels": ["all"]}}}, "'first': its labels name fewer than two classes"),
+        ({"tasks": {"first": {"labels": {0: "all"}}}}, "bad.yaml: task 'first': its labels name but one class"),
+        ({"tasks": {"first": {"labels": ["all"]}}}, "bad.yaml: task 'first': its labels name but one class"),
         (
             {"tasks": {"first": {"labels": {0: "a", 1: False}}}},
             r'first.labels: .*False is no text.*quote the names: "no"',
@@ -269,7 +308,7 @@ def test_compare_with_heads(world: dict[str, Any], tmp_path: Path) -> None:
         ({"tasks": {"first": {"labels": ["a", True]}}}, "first.labels: the class True is no text"),
         ({"max_tokens": 1}, "max_tokens"),
         ({"experts": {"frist": "x"}}, "experts name 'frist'.*did you mean 'first'"),
-        ({"reader": "clasifier"}, "reader"),
+        ({"reader": "clasifier"}, "did you mean 'classifier'"),
     ],
 )
 def test_bad_yaml(change: dict[str, Any], said: str, world: dict[str, Any], tmp_path: Path) -> None:

@@ -213,7 +213,7 @@ def test_images_are_retrieved_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             assert np.array_equal(np.isclose(found, alone, atol=1e-5).all(1), nearest == number)
         suite = replace(vision8.SUITE, base=lambda *_: reader.base, tasks=lambda **_: tuple(tasks))
         monkeypatch.setattr(evaluate, "find_suite", lambda name: suite)
-        seen = record(mixture, evaluate.routed_tasks("vision8", "vit", list(experts), 20, tmp_path))
+        seen = record(mixture, evaluate.routed_tasks("vision8", {"model_type": "vit"}, list(experts), 20, tmp_path))
         assert [task.expert for task in seen.tasks] == [0, 1]
         shares = [[(nearest[task::2] == number).mean() for number in range(2)] for task in range(2)]
         assert np.allclose(seen.mass, shares)

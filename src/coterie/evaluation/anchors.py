@@ -20,7 +20,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from .ladder import blocks_of
 from .metrics import class_scores
-from .reader import told
+from .reader import most_tokens, told
 from .suite import Inputs, Split, Task
 
 SCALE = 20.0
@@ -34,7 +34,7 @@ class AnchorReader:
     Args:
         base: directory of the base.
         device: where batches go.
-        max_tokens: of a text; what is longer is cut.
+        max_tokens: of a text; what is longer, or than the base has positions for, is cut.
     """
 
     base: Path
@@ -45,6 +45,7 @@ class AnchorReader:
         self.tokenizer = AutoTokenizer.from_pretrained(self.base)
         self.model = self.base_model()
         self.blocks = blocks_of(self.model)
+        self.max_tokens = most_tokens(self.model, self.max_tokens)
         self.settings: dict[str, Any] = {"logit_scale": SCALE, "max_tokens": self.max_tokens}
         self._anchors: dict[tuple[str, ...], Tensor] = {}
 

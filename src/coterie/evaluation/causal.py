@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..errors import CoterieError
 from .ladder import blocks_of
-from .reader import told
+from .reader import most_tokens, told
 from .suite import Inputs, Split, Task
 
 MAX_TOKENS = 128
@@ -35,8 +35,8 @@ class CausalReader:
     Args:
         base: directory of the base.
         device: where batches go.
-        max_tokens: of a prompt with its answer, at least 2. What is longer loses the beginning of its prompt, then the
-            end of its answer.
+        max_tokens: of a prompt with its answer, at least 2. What is longer, or than the base has positions for, loses
+            the beginning of its prompt, then the end of its answer.
 
     Raises:
         CoterieError: the tokenizer has no last token.
@@ -47,9 +47,6 @@ class CausalReader:
     max_tokens: int = MAX_TOKENS
 
     def __post_init__(self) -> None:
-        self.settings: dict[str, Any] = {
-            "max_tokens": self.max_tokens, "new_tokens": NEW_TOKENS, "loss": "answer",
-        }  # fmt: skip
         self.tokenizer = AutoTokenizer.from_pretrained(self.base)
         first, self.last = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         if self.last is None:
@@ -59,6 +56,10 @@ class CausalReader:
             self.tokenizer.pad_token = self.tokenizer.eos_token  # the attention mask hides it
         self.model = self.base_model()
         self.blocks = blocks_of(self.model)
+        self.max_tokens = most_tokens(self.model, self.max_tokens)
+        self.settings: dict[str, Any] = {
+            "max_tokens": self.max_tokens, "new_tokens": NEW_TOKENS, "loss": "answer",
+        }  # fmt: skip
 
     def base_model(self) -> nn.Module:
         """A fresh copy of the base in float32, in eval mode."""

@@ -17,7 +17,7 @@ class Cells:
 
     Args:
         directory: made when the first cell is kept.
-        warn: told of a cell that is damaged, and so computed anew.
+        warn: told of the first cell that is damaged, and so computed anew.
     """
 
     def __init__(self, directory: Path, warn: Callable[[str], None] = lambda text: None) -> None:
@@ -38,7 +38,8 @@ class Cells:
                     return kept["value"]
             except (ValueError, TypeError, KeyError):
                 pass
-            self.warn(f"{path} is damaged; what it held is computed anew")
+            self.warn(f"{path} is damaged; what it and any other such held is computed anew")
+            self.warn = lambda text: None
         cell = compute()
         self.directory.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps({"key": key, "value": cell, "sha256": digest(cell)}))

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from ..errors import CoterieError
+from ..recipe import nearest
 from .ladder import blocks_of
 from .metrics import class_scores
-from .reader import told
+from .reader import most_tokens, told
 from .suite import Inputs, Split, Task
 
 ADAPTER = "adapter_model.safetensors"
@@ -34,7 +35,7 @@ class ClassifierReader:
         base: directory of the base, with or without a head.
         device: where batches go.
         experts: task -> directory of its expert.
-        max_tokens: of a text; what is longer is cut.
+        max_tokens: of a text; what is longer, or than the base has positions for, is cut.
     """
 
     base: Path
@@ -48,6 +49,7 @@ class ClassifierReader:
         self.head_names = [name for name, child in whole.named_children() if _is_head(whole, name, child)]
         self.model = self.base_model()
         self.blocks = blocks_of(self.model)
+        self.max_tokens = most_tokens(self.model, self.max_tokens)
         self.settings: dict[str, Any] = {"max_tokens": self.max_tokens}
         self._heads: dict[str, tuple[Any, dict[str, nn.Module]]] = {}
 
@@ -186,8 +188,12 @@ def _columns(config: Any, task: Task) -> list[int]:
             return [known.index(same(label)) for label in task.labels]
     if names == [f"LABEL_{number}" for number in range(len(task.labels))]:
         return list(range(len(names)))
-    raise CoterieError(
-        f"task {task.name!r} has the classes {', '.join(task.labels)}, and the model's head {', '.join(names)}",
-        "suite",
-        "give labels: value in the data -> the model's own name of it",
-    )
+    lacking = [label for label in task.labels if known.count(label.casefold()) != 1]
+    where = f"task {task.name!r} ({', '.join(task.labels)})"
+    if len(lacking) == len(task.labels):
+        what = f"the model's head has the classes {', '.join(names)}"
+        mend = "if these are the task's, give labels: value in the data -> the head's name of it"
+    else:
+        what = f"the model's head has no one class {lacking[0]!r}"
+        mend = f"give labels: value in the data -> the head's name of it; {nearest(lacking[0], names)}"
+    raise CoterieError(what, where, mend)

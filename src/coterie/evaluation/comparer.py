@@ -22,7 +22,7 @@ from .combine import Experts, Way, combined, is_mixture, meaning, ways
 from .ladder import delta, linear_deltas, linear_layers
 from .metrics import Interval, Scores, bootstrap, normalised, skills
 from .reader import Reader, as_prompts, told
-from .suite import Split, Task, digest, fingerprint
+from .suite import Split, Task, digest, distinct, fingerprint, one_class
 
 ORACLE = "expert of the task"
 
@@ -367,11 +367,14 @@ class Comparer:
         if np.sum(skills(expert, self.metrics) - skills(base, self.metrics)) <= 0:
             yield "the experts are no better than the base on these rows: there is no gap to recover"
         for task in self.tasks:
-            if task.metric in ("accuracy", "f1"):
-                seen = {name: len(np.unique(self._rows(task, name).targets)) for name in ("test", "validation")}
-                for split, classes in seen.items():
-                    if classes == 1:
-                        yield f"the {split} rows of {task.name} are all of one class: any constant answer is right"
+            test, validation = (self._rows(task, name) for name in ("test", "validation"))
+            yield from one_class(task, "test", test)
+            yield from one_class(task, "validation", validation)
+            if shared := len(distinct(test) & distinct(validation)):
+                yield (
+                    f"{shared:,} of the {len(test):,} test rows of {task.name} are validation rows, too: what was "
+                    "chosen there was chosen on them"
+                )
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from .extract import expert_state
 from .ladder import load
 from .metrics import METRICS, skills
 from .reader import Reader
-from .suite import Inputs, Suite, Task
+from .suite import Inputs, Suite, Task, one_class
 from .tables import Sheet
 from .train import quiet
 
@@ -47,7 +47,7 @@ def evaluate(
 
     Returns:
         `tasks` (name -> metric and rows) and `models`: for each, the value on each task by the task's metric. A mixture
-        whose experts bear the tasks' names has two entries: with the task not known, and known.
+        whose experts bear the tasks' names has two entries: with the task not known, and known. `notes`: on the rows.
 
     Raises:
         CoterieError: a suite or its only model cannot be read, or no model has a value on any task.
@@ -65,8 +65,9 @@ def evaluate(
     model: Any
     for name, place in {name: locate(source) for name, source in named.items()}.items():
         try:
-            if not place.is_adapter and (kind := (place.json("config.json") or {}).get("model_type")):
-                _check_kind(found, reader.base, kind, place.id, "give a model of the architecture of the suite's base")
+            if not place.is_adapter:
+                config = place.json("config.json") or {}
+                _check_kind(found, reader.base, config, place.id, "give a fine-tune or a mixture of the suite's base")
             headless = place.path.resolve() == reader.base.resolve() and bool(getattr(reader, "experts", None))
             read, model = (reader, reader.model) if headless else open_model(reader, place, tasks)
         except CoterieError as error:  # the other models have their values
@@ -89,28 +90,31 @@ def evaluate(
     if all(len(each["notes"]) == len(tasks) for each in answers):
         raise CoterieError("; ".join(dict.fromkeys(answers[0]["notes"].values())), answers[0]["model"])
     described = {task.name: {"metric": task.metric, "rows": len(task.test.head(rows))} for task in tasks}
-    return tables.plain({"suite": found.name, "tasks": described, "models": answers})
+    notes = [note for task in tasks for note in one_class(task, "test", task.test.head(rows))]
+    return tables.plain({"suite": found.name, "tasks": described, "models": answers, "notes": notes})
 
 
 def routed_tasks(
-    suite: str | Path, model_type: str, experts: Sequence[str], rows: int, cache: Path, device: str = "cpu"
+    suite: str | Path, config: Mapping[str, Any], experts: Sequence[str], rows: int, cache: Path, device: str = "cpu"
 ) -> list[tuple[str, str | None, Iterator[dict[str, Any]]]]:
     """What `coterie inspect --suite` routes: (task, the expert of its name or None, batches of its first test rows).
 
     Args:
         suite: a name or a YAML file.
-        model_type: of the mixture, as its configuration has it.
+        config: of the mixture's model.
         experts: of the mixture.
         rows: test rows of each task.
         cache: where a base that the suite trains is kept.
         device: torch device.
 
     Raises:
-        CoterieError: a suite that cannot be read, or whose base is another kind of model.
+        CoterieError: a suite that cannot be read, or whose base is another kind of model, or of other widths.
     """
     found = find_suite(suite)
-    _check_kind(found, found.base(cache, device, True), model_type, "--suite", "give texts")  # before a base is trained
+    # Before a base is trained: the tiny one is of its architecture, if not of its widths.
+    _check_kind(found, found.base(cache, device, True), config, "--suite", "give texts", ())
     reader = found.reader(found.base(cache, device, False), device)
+    _check_kind(found, reader.base, config, "--suite", "give texts")
     return [
         (
             task.name,
@@ -121,11 +125,24 @@ def routed_tasks(
     ]
 
 
-def _check_kind(suite: Suite, base: Path, model_type: str, where: str, mend: str) -> None:
-    """Refuse a model of another architecture than the suite's base."""
-    own = (locate(str(base)).json("config.json") or {}).get("model_type")
-    if own != model_type:
-        raise CoterieError(f"{suite.name} is read by {own} models, and this is a {model_type}", where, mend)
+def _check_kind(
+    suite: Suite,
+    base: Path,
+    config: Mapping[str, Any],
+    where: str,
+    mend: str,
+    widths: Sequence[str] = ("hidden_size", "num_hidden_layers"),
+) -> None:
+    """Refuse a model of another architecture than the suite's base, or of other widths; more tokens may be added."""
+    own = locate(str(base)).json("config.json") or {}
+    kinds = own.get("model_type"), config.get("model_type")
+    if kinds[1] and kinds[0] != kinds[1]:
+        raise CoterieError(f"{suite.name} is read by {kinds[0]} models, and this is a {kinds[1]}", where, mend)
+    for name in (*widths, "vocab_size") if widths else ():
+        theirs, ours = config.get(name), own.get(name)
+        if theirs and ours and (theirs < ours if name == "vocab_size" else theirs != ours):
+            what = f"{suite.name} is read by models of {name} {ours:,}, and this is of {theirs:,}"
+            raise CoterieError(what, where, mend)
 
 
 def _with_texts(reader: Reader, inputs: Inputs) -> Iterator[dict[str, Any]]:
@@ -186,7 +203,8 @@ def sheet(results: dict[str, Any]) -> Sheet:
     columns = ["model", "task", *(f"{name} ({tasks[name]['metric'].replace('_', ' ')})" for name in tasks)]
     counts = ", ".join(f"{name} {each['rows']:,}" for name, each in tasks.items())
     notes = [f"{each['model']}: {note}" for each in results["models"] for note in each["notes"].values()]
-    return Sheet(results["suite"], columns, rows, "\n".join([f"test rows: {counts}", *dict.fromkeys(notes)]))
+    caption = [f"test rows: {counts}", *results["notes"], *dict.fromkeys(notes)]
+    return Sheet(results["suite"], columns, rows, "\n".join(caption))
 
 
 def _shown(value: float | None, metric: str) -> str:

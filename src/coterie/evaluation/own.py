@@ -15,6 +15,7 @@ tasks:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -97,8 +98,8 @@ def read(path: Path) -> Suite:
     base = partial(_base, given.base)
     committed = _Located(given.experts)
     return Suite(
-        given.name or path.stem, base, partial(_tasks, given), _reader(given, committed), {}, committed=committed,
-        test_rows=None,
+        given.name or path.stem, base, partial(_tasks, given, str(path)), _reader(given, committed), {},
+        committed=committed, test_rows=None,
     )  # fmt: skip
 
 
@@ -141,12 +142,14 @@ def _reader(given: OwnSuite, experts: Mapping[str, Path]) -> Callable[[Path, str
     return partial(ClassifierReader, experts=experts, max_tokens=given.max_tokens)
 
 
-def _tasks(given: OwnSuite, train: int | None = None, validation: int | None = None, test: int | None = None) -> Any:
+def _tasks(
+    given: OwnSuite, file: str, train: int | None = None, validation: int | None = None, test: int | None = None
+) -> Any:
     sizes = {"train": train, "validation": validation, "test": test}
-    return tuple(_task(name, task, sizes) for name, task in given.tasks.items())
+    return tuple(_task(name, task, sizes, file) for name, task in given.tasks.items())
 
 
-def _task(name: str, task: OwnTask, sizes: Mapping[str, int | None]) -> Task:
+def _task(name: str, task: OwnTask, sizes: Mapping[str, int | None], file: str) -> Task:
     columns = {split: _columns(name, task, getattr(task, split), sizes[split]) for split in sizes}
     found = {value for inputs, targets in columns.values() for value in targets}
     labels: dict[str, str] = {}
@@ -160,14 +163,14 @@ def _task(name: str, task: OwnTask, sizes: Mapping[str, int | None]) -> Task:
             labels = dict(sorted(labels.items(), key=lambda item: int(item[0])))
         classes = tuple(dict.fromkeys(labels.values()))
         if task.labels is not None and len(classes) < 2:
-            raise CoterieError(f"task {name!r}: its labels name fewer than two classes", "suite", "name every class")
+            raise CoterieError(f"task {name!r}: its labels name but one class", file, "name every class")
         strange = sorted(found - set(labels))
         if strange:
             hint = nearest(strange[0], list(labels))
-            raise CoterieError(f"task {name!r}: {strange[0]!r} in column {task.target!r} is no label", "suite", hint)
+            raise CoterieError(f"task {name!r}: {strange[0]!r} in column {task.target!r} is no label", file, hint)
         if task.metric == "f1" and len(classes) > MOST_CLASSES:
             raise CoterieError(
-                f"task {name!r} has {len(classes)} classes", "suite", f"f1 reads at most {MOST_CLASSES}; use accuracy"
+                f"task {name!r} has {len(classes)} classes", file, f"f1 reads at most {MOST_CLASSES}; use accuracy"
             )
 
     def split(which: str) -> Split:
@@ -277,6 +280,11 @@ def _explained(error: ValidationError, path: Path) -> CoterieError:
         return CoterieError(f"unknown key {place!r}", str(path), nearest(str(key), list(model.model_fields)))
     if first["type"] == "missing":
         return CoterieError(f"{place} is missing", str(path), "add it")
+    if first["type"] == "literal_error":
+        known = re.findall("'([^']+)'", first["ctx"]["expected"])
+        return CoterieError(
+            f"unknown {key} {first['input']!r} ({place})", str(path), nearest(str(first["input"]), known)
+        )
     if where[2:3] == ["labels"]:
         given = first["input"]
         strange = [n for n in (given.values() if isinstance(given, dict) else [given]) if not isinstance(n, str)]

@@ -98,6 +98,15 @@ def told(
     return standing
 
 
+def most_tokens(model: Any, wanted: int) -> int:
+    """So many tokens, or as many as the model has positions for."""
+    positions: int = getattr(model.config, "max_position_embeddings", None) or wanted
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            positions -= module.padding_idx + 1  # RoBERTa counts from there
+    return min(wanted, positions)
+
+
 def as_prompts(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
     """What a model is called with to see its routing: where it writes and its routers decide by the prompt, each row is
     one, unless the batch says where prompts end: by `prompt_lengths`, or by `labels` that begin with -100."""

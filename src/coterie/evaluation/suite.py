@@ -89,6 +89,17 @@ class Task:
         return digest(self.labels, self.train.key, self.validation.key)
 
 
+def one_class(task: Task, name: str, rows: Split) -> Iterator[str]:
+    """A note, where a classification's rows cannot tell anything."""
+    if task.metric in ("accuracy", "f1") and len(np.unique(np.asarray(rows.targets))) == 1:
+        yield f"the {name} rows of {task.name} are all of one class: any constant answer is right"
+
+
+def distinct(rows: Split) -> set[object]:
+    """The inputs, each once."""
+    return {row.tobytes() if isinstance(row, np.ndarray) else row for row in rows.inputs}
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Hyperparameters of one expert.

@@ -149,6 +149,9 @@ def train_shown(
 ) -> list[Path]:
     """`train_all` with a progress bar."""
     total = {job.key: job.recipe.steps for job in trainings if not job.finished(cache)}
+    for directory in {job.directory(cache) for job in trainings if job.key in total}:
+        if directory.exists():
+            console.print(f"! {directory} is damaged: trained anew", style="yellow", soft_wrap=True)
     done = dict.fromkeys(total, 0)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:

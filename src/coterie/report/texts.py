@@ -74,11 +74,14 @@ def batches(model: Any, tokenizer: Any, lines: Sequence[str]) -> Iterator[dict[s
     """
     import torch
 
+    from ..evaluation.reader import most_tokens
+
+    most = most_tokens(model, TOKENS)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     for start in range(0, len(lines), BATCH):
         rows = list(lines[start : start + BATCH])
-        batch = dict(tokenizer(rows, padding=True, truncation=True, max_length=TOKENS, return_tensors="pt"))
+        batch = dict(tokenizer(rows, padding=True, truncation=True, max_length=most, return_tensors="pt"))
         if model.config.is_encoder_decoder:
             begin = model.config.decoder_start_token_id
             batch["decoder_input_ids"] = torch.full((len(batch["input_ids"]), 1), begin)
