@@ -90,8 +90,8 @@ def evaluate(
     if all(len(each["notes"]) == len(tasks) for each in answers):
         raise CoterieError("; ".join(dict.fromkeys(answers[0]["notes"].values())), answers[0]["model"])
     described = {task.name: {"metric": task.metric, "rows": len(task.test.head(rows))} for task in tasks}
-    notes = [note for task in tasks for note in one_class(task, "test", task.test.head(rows))]
-    return tables.plain({"suite": found.name, "tasks": described, "models": answers, "notes": notes})
+    told = [note for task in tasks for note in one_class(task, "test", task.test.head(rows))]
+    return tables.plain({"suite": found.name, "tasks": described, "models": answers, "notes": told})
 
 
 def routed_tasks(
