@@ -13,7 +13,8 @@ from coterie.evaluation.metrics import Interval
 
 ONE, NONE = Interval(1.0, 1.0, 1.0), Interval(float("nan"), float("nan"), float("nan"))
 CHOSEN = {"setting": "default and best on validation", "parameters": {"rank": 32, "gate_rank": 16, "top_k": 1}}
-SMILE = {"normalised": Interval(0.96, 0.9, 1.003), "recovered_gap": ONE, "skill": [0.9, 0.8], "ratio": 4.99, **CHOSEN}
+GAP = Interval(0.93, -1.5, 1.0)
+SMILE = {"normalised": Interval(0.96, 0.9, 1.003), "recovered_gap": GAP, "skill": [0.9, 0.8], "ratio": 4.99, **CHOSEN}
 RESULTS = [
     Result("base", skill=[0.4, 0.3], normalised=Interval(0.4, 0.0, 0.6), recovered_gap=Interval(-0.0, -0.0, 0.0)),
     Result(ORACLE, task="known", skill=[0.9, 0.9], normalised=ONE, recovered_gap=ONE, ratio=2.0),
@@ -24,7 +25,7 @@ RESULTS = [
         normalised=NONE,
         recovered_gap=NONE,
     ),
-    Result("regmean", note='failed: a matrix <b> & "another" cannot be inverted, which takes some words to tell'),
+    Result("regmean", note='failed: a matrix `<b>` & "another" cannot be inverted, which takes some words to tell'),
 ]
 
 
@@ -49,7 +50,7 @@ def test_every_result_can_be_read(browser: Browser, page: Path, width: int) -> N
     assert len(rows) == len(RESULTS)
     for row, result in zip(rows, RESULTS, strict=True):
         assert f"{tables.name(result)} ({result.ratio:.2f}x)" in row
-        assert (result.note or tables.span(result.normalised)) in row
+        assert (result.note.replace("`", "") or tables.span(result.normalised)) in row
     # What is drawn stands where the axis says: the shares are those of the expert, at 100%.
     lines = (
         "Object.fromEntries([...document.querySelectorAll('.axis:first-child span')].map((s) => [s.innerText, mid(s)]))"
@@ -84,6 +85,31 @@ def test_every_result_can_be_read(browser: Browser, page: Path, width: int) -> N
         }).map((e) => e.outerHTML)"""
     )
     assert over == []
+
+
+@pytest.mark.parametrize(("width", "seen"), [(1920, 9), (1280, 9), (800, 5), (400, 3)])
+def test_the_scores_of_the_first_table_need_no_scrolling(browser: Browser, page: Path, width: int, seen: int) -> None:
+    """And what a narrow screen has no columns for stands under the method."""
+    browser.open(page, width=width, drawn="document.readyState == 'complete'")
+    inside = browser.run(
+        """(() => {
+            const shown = [...document.querySelector('tr').children].filter((head) => head.clientWidth);
+            const right = document.querySelector('.scroll').getBoundingClientRect().right;
+            return shown.filter((head) => head.getBoundingClientRect().right <= right).map((head) => head.innerText);
+        })()"""
+    )
+    assert len(inside) == seen
+    assert {"method", "normalised", "recovered gap"} <= set(inside)
+    smile = browser.run("document.querySelectorAll('tbody tr')[2].innerText")
+    for said in (CHOSEN["setting"], tables.parameters(CHOSEN["parameters"]), "average", "not known", "96.0"):
+        assert smile.count(said) == 1
+    codes = browser.run("[...document.querySelectorAll('code')].map((code) => code.innerText)")
+    assert "<b>" in codes and "`" not in browser.run("document.body.innerText")
+    # Of every other table, too, the first number is seen.
+    first = browser.run(
+        "[...document.querySelectorAll('tbody .n:nth-child(2)')].map((cell) => cell.getBoundingClientRect().right)"
+    )
+    assert len(first) > 8 and max(first) <= width
 
 
 def test_an_axis_that_goes_far_has_few_marks(browser: Browser, tmp_path: Path) -> None:

@@ -305,6 +305,16 @@ def test_every_figure_is_drawn(browser: Browser, reports: dict[str, Path], which
     assert all(re.search(r"\d", sentence) for sentence in sentences), sentences
 
 
+def test_marks_of_a_logarithmic_axis_are_values(browser: Browser, reports: dict[str, Path]):
+    """No bare digits of a decade; some, and few, over one decade as over five."""
+    browser.open(reports["bare"])
+    for low, high in ((-1.3, -0.1), (-2, 0), (-4, 1)):
+        browser.run(f"Plotly.relayout(plots.get('spectrum'), {{'yaxis.range': [{low}, {high}]}}).then(() => 0)")
+        marks = browser.run("[...plots.get('spectrum').querySelectorAll('.ytick text')].map((t) => +t.textContent)")
+        assert 2 <= len(set(marks)) == len(marks) <= 10
+        assert 10**low <= min(marks) and max(marks) <= 10**high
+
+
 def test_what_is_chosen_is_shown(browser: Browser, reports: dict[str, Path]):
     browser.open(reports["full"])
     data = _data(reports["full"].read_text(encoding="utf-8"))
@@ -351,6 +361,16 @@ def test_a_narrow_screen_needs_no_scrolling_sideways(browser: Browser, reports: 
         "Math.max(...[...document.querySelectorAll('.main-svg')].map((s) => s.getBoundingClientRect().right))"
     )
     assert right <= 360
+    # Every heat map has its scale, with marks, above its cells; every link of the bar is seen.
+    scales = browser.run(
+        """report.figures.filter((figure) => figure.data[0].type === 'heatmap').map(({ key }) => {
+            const div = plots.get(key), marks = [...div.querySelectorAll('.colorbar .cbaxis text')];
+            const cells = div.querySelector('.heatmaplayer').getBoundingClientRect();
+            return marks.length > 1 && marks.every((mark) => mark.getBoundingClientRect().bottom <= cells.top + 1);
+        })"""
+    )
+    assert len(scales) > 5 and all(scales)
+    assert browser.run("[...document.querySelectorAll('.links a')].every((link) => link.getClientRects().length)")
     assert browser.complaints() == []
 
 

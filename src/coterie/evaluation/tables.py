@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
@@ -22,6 +23,8 @@ from .metrics import METRICS, Interval
 if TYPE_CHECKING:
     from .comparer import Comparison, Result
 
+COMMA = ",\u00a0"  # in an interval: its two ends stay in one line
+
 
 @dataclass(frozen=True)
 class Sheet:
@@ -32,6 +35,7 @@ class Sheet:
         columns: heads, the first one's too.
         rows: cells; every row as long as `columns`.
         strong: numbers of the rows to stress.
+        texts: how many columns, the first ones, hold text; on a narrow page they stand in the first one.
     """
 
     title: str
@@ -39,6 +43,7 @@ class Sheet:
     rows: list[list[str]]
     caption: str = ""
     strong: tuple[int, ...] = ()
+    texts: int = 1
 
     def rich(self) -> Table:
         table = Table(
@@ -59,11 +64,29 @@ class Sheet:
         return f"## {self.title}\n\n{table}\n" + (f"\n{self.caption}\n" if self.caption else "")
 
     def html(self) -> str:
-        head = "".join(f"<th>{escape(column)}</th>" for column in self.columns)
-        rows = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in self.rows)
-        caption = f"<p>{escape(self.caption)}</p>" if self.caption else ""
-        table = f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+        """Numbers do not wrap; on a narrow screen the columns of text stand under the first one."""
+        kinds = ["", *["also"] * (self.texts - 1), *["n"] * (len(self.columns) - self.texts)]
+        head = "".join(f"<th class={k!r}>{escape(column)}</th>" for k, column in zip(kinds, self.columns, strict=True))
+        rows = []
+        for first, *others in self.rows:
+            told = zip(self.columns[1 : self.texts], others, strict=False)
+            small = marked("; ".join(f"{column} {cell}" for column, cell in told if cell))
+            cells = "".join(_cell(kind, cell) for kind, cell in zip(kinds[1:], others, strict=True))
+            rows.append(f"<tr><td>{marked(first)}<small>{small}</small></td>{cells}</tr>")
+        caption = f"<p>{marked(self.caption)}</p>" if self.caption else ""
+        table = f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
         return f"<h2>{escape(self.title)}</h2>{table}{caption}"
+
+
+def _cell(kind: str, cell: str) -> str:
+    if kind == "n" and cell[:1] not in "-0123456789":  # why there is no number
+        kind = ""
+    return f"<td class={kind!r}>{marked(cell if kind != 'n' else cell.replace(', ', COMMA))}</td>"
+
+
+def marked(text: str) -> str:
+    """As HTML, with what stands in backticks as code."""
+    return re.sub("`([^`]+)`", r"<code>\1</code>", escape(text))
 
 
 def percent(share: float | None) -> str:
@@ -128,6 +151,7 @@ def sheets(comparison: Comparison) -> Iterator[Sheet]:
         "experts; in brackets 95% paired bootstrap intervals over rows and tasks. Settings were chosen on validation "
         "rows. The label set of a row is known to every method; `task known` means that its expert is, too."
         + (f" Nothing can be normalised: the expert of {' and of '.join(without)} has no skill." if without else ""),
+        texts=5,
     )  # fmt: skip
     yield Sheet(
         f"{title}: every task",
@@ -219,7 +243,7 @@ def summary_sheet(comparisons: Sequence[Comparison]) -> Sheet:
         for each in summary(comparisons)
     ]  # fmt: skip
     columns = ["method", "setting", "others", "task", "normalised", "recovered gap", "size", "sets"]
-    return Sheet("Over sets of experts: mean ± standard deviation, %", columns, rows)
+    return Sheet("Over sets of experts: mean ± standard deviation, %", columns, rows, texts=4)
 
 
 def _skills(skills: Sequence[float], comparison: Comparison) -> list[str]:
@@ -292,9 +316,11 @@ def comma_separated(comparisons: Sequence[Comparison]) -> str:
 
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:auto;padding:1rem;color:#1b1f24}
-*{overflow-wrap:anywhere}.scroll{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
-th,td{padding:.25rem .6rem;border-bottom:1px solid #d8dee4;text-align:right;white-space:nowrap}
-th:first-child,td:first-child{text-align:left}p,figcaption{color:#57606a;max-width:60rem}
+*{overflow-wrap:anywhere}.scroll{overflow-x:auto}table{border-spacing:0;font-variant-numeric:tabular-nums}
+th,td{padding:.25rem .6rem;border-bottom:1px solid #d8dee4;text-align:left;vertical-align:top;max-width:20rem}
+th,td{overflow-wrap:break-word}th{vertical-align:bottom}.n{text-align:right;max-width:none}td.n{white-space:nowrap}
+tr>:first-child{position:sticky;left:0;background:#fff;min-width:8.5rem;overflow-wrap:anywhere}
+small{display:none;color:#57606a;font-size:12px}p,figcaption{color:#57606a;max-width:60rem}
 figure,ol{margin:0;padding:0}.result,.axis{display:grid;grid-template:"name track value"/22rem 1fr 10rem;gap:0 2rem}
 .result{align-items:center;border-bottom:1px solid #eef1f4;break-inside:avoid;font-size:14px}
 .name{grid-area:name;padding:.2rem 0}.value{grid-area:value;font-variant-numeric:tabular-nums;white-space:nowrap}
@@ -305,6 +331,9 @@ figure,ol{margin:0;padding:0}.result,.axis{display:grid;grid-template:"name trac
 figcaption svg{width:10px;height:10px}
 @media(max-width:52rem){.result,.axis{display:block;padding:.2rem 0}.track,.note{margin:0 1.2rem}
 .value{padding-left:.5rem;font-weight:600}}
+@media(max-width:64rem){.also{display:none}small{display:block}}
+@media(max-width:40rem){table{font-size:13px;line-height:1.35}th,td{padding:.25rem .35rem;max-width:9rem}
+tr>:first-child{min-width:7rem}td.n{white-space:normal}}
 @media print{.scroll{overflow:visible}th,td{white-space:normal;padding:.15rem .3rem;font-size:11px}}"""
 
 
@@ -314,7 +343,7 @@ def page(suite: str, comparisons: Sequence[Comparison], found: Sequence[Sheet]) 
         f"<h2>{escape(c.experts)}{'' if c.seed is None else f', seed {c.seed}'}: size and skill</h2>{figure(c)}"
         for c in comparisons
     )
-    notes = "".join(f"<li>{escape(note)}</li>" for comparison in comparisons for note in comparison.notes)
+    notes = "".join(f"<li>{marked(note)}</li>" for comparison in comparisons for note in comparison.notes)
     body = f"<h1>{escape(suite)}</h1>{pictures}{''.join(sheet.html() for sheet in found)}<ul>{notes}</ul>"
     return (
         f'<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">'
@@ -351,7 +380,7 @@ def _row(result: Result, top: float, grid: str) -> str:
         dot = f"<circle cx={value} cy=50% r=5 />"
         drawn = f"<div class=track><svg aria-hidden=true>{grid}<g class={kind}>{whisker}{dot}</g></svg></div>"
     else:
-        drawn = f"<div class=note>{escape(result.note or 'no value')}</div>"
+        drawn = f"<div class=note>{marked(result.note or 'no value')}</div>"
     tip = escape("; ".join(filter(None, (name(result), parameters(result.parameters), span(found)))))
     return (
         f'<li class=result title="{tip}"><span class=name>{escape(name(result))} ({result.ratio:.2f}x)</span>'

@@ -143,7 +143,7 @@ def _spectrum(axis: Layers, layers: list[LayerSpaces], experts: list[str], palet
         ],
         {
             "xaxis": {"title": {"text": "direction"}, "rangemode": "tozero"},
-            "yaxis": {"title": {"text": "singular value"}, "type": "log"},
+            "yaxis": {"title": {"text": "singular value"}, "type": "log", "tickformat": "~g", "nticks": 3},
             "legend": {},
         },
         420,

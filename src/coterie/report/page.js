@@ -3,7 +3,7 @@ const report = JSON.parse(document.getElementById("report").textContent);
 const layer = document.getElementById("layer");
 const coarse = matchMedia("(pointer: coarse)").matches;
 const PAPER = 680; // pixels of a printed page between its margins
-const NARROW = 400; // figures below this width have shorter names, and no scales: hovering tells
+const NARROW = 400; // figures below this width have shorter names, and their scales above them
 const plots = new Map();
 
 async function unpack(element) {
@@ -31,6 +31,13 @@ function legend(figure, width) {
   return { showlegend: true, legend: place, space };
 }
 
+function narrowed(trace) {
+  if (trace.type !== "heatmap") return trace;
+  const { title, ...bar } = trace.colorbar;
+  const above = { orientation: "h", x: 0.5, y: 1, yanchor: "bottom", thickness: 8, ypad: 4, nticks: 4 };
+  return { ...trace, colorbar: { ...bar, ...above, title: { ...title, side: "top" } } };
+}
+
 function layout(figure, width) {
   const narrow = width < NARROW;
   const { space, ...named } = legend(figure, width);
@@ -49,8 +56,8 @@ async function draw() {
   const config = { displayModeBar: false, responsive: true };
   for (const figure of report.figures) {
     const div = document.querySelector(`.plot[data-key="${figure.key}"]`);
-    const width = div.clientWidth, narrow = width < NARROW;
-    const data = figure.data.map((trace) => (narrow && trace.type === "heatmap" ? { ...trace, showscale: false } : trace));
+    const width = div.clientWidth;
+    const data = width < NARROW ? figure.data.map(narrowed) : figure.data;
     await Plotly.newPlot(div, data, layout(figure, width), config);
     plots.set(figure.key, div);
     div.on("plotly_click", (event) => {

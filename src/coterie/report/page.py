@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..errors import CoterieError
 from ..evaluation.cells import write_whole
+from ..evaluation.tables import marked
 from .charts import Figure, Layers, Palette, percent
 from .figures import kept_sentence, overlap_means, weights
 from .inspect import Inspection
@@ -109,6 +110,7 @@ def render(
         "texts": texts,
     }
     environment = Environment(loader=PackageLoader("coterie", "report"), autoescape=True, trim_blocks=True)
+    environment.filters["marked"] = marked
     return environment.get_template("page.html").render(
         generator=GENERATOR,
         title=title,
