@@ -4,6 +4,9 @@ each runs from base to expert."""
 from __future__ import annotations
 
 import multiprocessing
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import combinations, islice
@@ -11,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -401,3 +405,23 @@ def test_expert_learns(name: str, kind: str, tmp_path: Path, llama: Path) -> Non
     )
     mixture = coterie.load(tmp_path / "mixture").eval()
     assert np.isfinite(reader.scores(mixture, task, task.validation)).all()
+
+
+def test_workers_end_with_the_process_that_started_them() -> None:
+    """However that ended: it may have been killed."""
+    code = (
+        "import time; from multiprocessing import get_context; from multiprocessing.managers import SyncManager\n"
+        "from coterie.evaluation.train import _end_with_parent\n"
+        "manager = SyncManager(ctx=get_context('spawn')); manager.start(_end_with_parent)\n"
+        "print(manager._process.pid, flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        worker = int(parent.stdout.readline())
+        parent.kill()
+    for _ in range(600):
+        if not psutil.pid_exists(worker) or psutil.Process(worker).status() == psutil.STATUS_ZOMBIE:
+            return
+        time.sleep(0.1)
+    psutil.Process(worker).kill()
+    pytest.fail("the worker outlived its parent")

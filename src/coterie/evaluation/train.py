@@ -19,8 +19,10 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from multiprocessing import active_children, get_context, parent_process
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from queue import Empty
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -119,9 +121,11 @@ def train_all(
             train(jobs[i], cache, device, partial(say, i))
     else:
         context = get_context("spawn")
-        with context.Manager() as manager:
+        manager = SyncManager(ctx=context)
+        manager.start(_end_with_parent)
+        with manager:
             others = active_children()
-            with ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+            with ProcessPoolExecutor(workers, context, _end_with_parent) as pool:
                 queue = manager.Queue()
                 pending = {pool.submit(_train_in_worker, i, jobs[i], cache, device, queue) for i in unique}
                 try:
@@ -173,19 +177,25 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
 
 
+def _end_with_parent() -> None:
+    """This process ends when the one that started it does, however that ended, and leaves Ctrl-C to it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
+
+
 def _train_in_worker(index: int, job: Job, cache: Path, device: str, queue: Any) -> None:
     quiet()
     torch.set_num_threads(1)
     # Second moments underflow once the loss is near zero, and slow the CPU down. The setting is the process's.
     torch.set_flush_denormal(True)
-    parent = parent_process()
-
-    def report(step: int, loss: float) -> None:
-        if parent is not None and not parent.is_alive():
-            os._exit(1)  # it was killed, and nobody waits for this expert
-        queue.put((index, step, loss))
-
-    train(job, cache, device, report)
+    train(job, cache, device, lambda step, loss: queue.put((index, step, loss)))
 
 
 def train(job: Job, cache: Path, device: str = "cpu", report: Callable[[int, float], None] | None = None) -> Path:
