@@ -6,8 +6,10 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -295,6 +297,25 @@ def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit, match="130"):
         main()
     assert capsys.readouterr().err == "coterie: stopped\n"
+
+
+def test_sigterm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    cleaned = []
+
+    def stop(*_: object) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        finally:
+            cleaned.append(True)
+
+    monkeypatch.setattr("sys.argv", ["coterie", "demo", "-o", str(tmp_path / "out"), "--device", "cpu"])
+    monkeypatch.setattr("coterie.evaluation.commands.check_device", stop)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit, match="143"):
+        main()
+    assert cleaned and capsys.readouterr().err == "coterie: stopped\n"
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 @both

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -392,18 +393,25 @@ def _require_free(out: Path | None, force: bool, resume: bool, command: str) -> 
     return out
 
 
-STOPPED = 130  # by Ctrl-C, as typer and shells say it
+STOPPED, TERMINATED = 130, 143  # by Ctrl-C and by SIGTERM, as typer and shells say it
 
 
 def main() -> None:
     """Entry point: bad input is one sentence on stderr and exit code 2."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+    def end(*_: object) -> None:
+        sys.exit(TERMINATED)  # so that what was begun is cleaned up
+
+    before = signal.signal(signal.SIGTERM, end)
     try:
         app()
     except CoterieError as error:
         sys.stderr.write(f"coterie: error: {' '.join(str(error).split())}\n")
         sys.exit(2)
-    except SystemExit as end:
-        if end.code == STOPPED:
+    except SystemExit as ended:
+        if ended.code in (STOPPED, TERMINATED):
             sys.stderr.write("coterie: stopped\n")
         raise
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -300,10 +300,14 @@ def test_tokenizers_and_templates_that_differ_are_told(sources, tmp_path, path):
     for name in ("base", "a"):
         shutil.copytree(sources / name, tmp_path / name)
         (tmp_path / name / "chat_template.jinja").write_text(name)
+        # How it padded when it was called last does not differ in what texts become; its model does.
+        tokenizer = {"padding": {"length": name}, "model": {"type": "BPE" if path == "plain" else name}}
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps(tokenizer))
     experts = {"a": str(tmp_path / "a")} | ({} if path == "plain" else {"x": str(sources / "adapter")})
     keys = {"method": "average", "experts": experts}
     told = coterie.merge(keys | {"base": str(tmp_path / "base")}, out=tmp_path / "out").warnings
     assert "chat_template.jinja of expert 'a' differs from the base's; the merge takes the base's" in told
+    assert any("tokenizer.json of expert 'a'" in warning for warning in told) == (path == "skeleton")
     assert not any("mixture" in warning for warning in told)
     if path == "plain":
         told = coterie.merge(method="average", experts={"c": str(tmp_path / "base"), **experts}, out=tmp_path / "two")

@@ -31,6 +31,14 @@ _HARMLESS = (
 )
 
 
+# Files of a tokenizer, and what notes call what of them counts.
+_FILES = {
+    "tokenizer.json": "tokenizer.json",
+    "tokenizer_config.json": "chat_template",
+    "chat_template.jinja": "chat_template.jinja",
+}
+
+
 def config_notes(
     base: dict[str, Any], experts: dict[str, dict[str, Any]], result: str = "the mixture", of: str = "the base"
 ) -> list[str]:
@@ -60,18 +68,18 @@ def tokenizer_notes(
     """Tokenizers and chat templates that differ from the base's: the result takes the base's; as `config_notes`."""
     notes = []
     for name, place in places.items():
-        for file, key in (
-            ("tokenizer.json", None),
-            ("tokenizer_config.json", "chat_template"),
-            ("chat_template.jinja", None),
-        ):
-            mine, theirs = base.path / file, place.path / file
-            if not theirs.is_file():
-                continue
-            if key is None:
-                same = mine.is_file() and mine.read_bytes() == theirs.read_bytes()
-            else:
-                same = (base.json(file) or {}).get(key) == (place.json(file) or {}).get(key)
-            if not same:
-                notes.append(f"{key or file} of expert {name!r} differs from {of}'s; {result} takes {of}'s")
+        for file, what in _FILES.items():
+            if (place.path / file).is_file() and _read(base, file) != _read(place, file):
+                notes.append(f"{what} of expert {name!r} differs from {of}'s; {result} takes {of}'s")
     return notes
+
+
+def _read(place: Location, file: str) -> Any:
+    """What of a tokenizer's file says how texts become tokens."""
+    if file == "chat_template.jinja":
+        return (place.path / file).read_bytes() if (place.path / file).is_file() else None
+    content = place.json(file) or {}
+    if file == "tokenizer_config.json":
+        return content.get("chat_template")
+    # How it padded and cut when it was called last is kept, too.
+    return {key: value for key, value in content.items() if key not in ("padding", "truncation")}
